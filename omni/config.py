@@ -1,0 +1,378 @@
+"""The one typed schema of every setting, and how YAML files and `--set` overlay it.
+
+Each default lives here and nowhere else. A preset (`configs/NAME.yaml`, installed beside the
+package) or a user's file holds only what differs. Unknown keys and wrong types are errors that
+name the nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from omni.errors import OmniError
+
+__all__ = ["Config", "Term", "apply", "digest", "load_config", "presets", "to_dict", "to_yaml"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """Weight of one loss term: 0 before `begin`, then a linear ramp, constant from `end` on."""
+
+    weight: float = 0.0
+    """final weight"""
+    begin: float = 0.0
+    """start of the ramp, fraction of the run"""
+    end: float = 0.0
+    """end of the ramp, fraction of the run"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which frames are read, and at which size they are processed."""
+
+    resolution: int = 384
+    """short side of the processing resolution in pixels; 0 keeps the original"""
+    start: int = 0
+    """first frame read"""
+    stop: int = 0
+    """frame to stop before; 0 reads to the end"""
+    stride: int = 1
+    """read every stride-th frame"""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Pairwise correspondences."""
+
+    provider: Literal["auto", "raft", "dis"] = "auto"
+    """raft: torchvision RAFT; dis: OpenCV, no weights; auto: raft where weights can be had"""
+    weights: str = ""
+    """RAFT state dict (.pth or .safetensors); empty: torchvision's own download"""
+    raft: Literal["large", "small"] = "large"
+    """RAFT architecture"""
+    pairs: Literal["log", "exhaustive"] = "log"
+    """log: gaps 1, 2, 4, ... max_gap in both directions; exhaustive: all ordered pairs"""
+    max_gap: int = 32
+    """longest gap of the log schedule, frames"""
+    refine: bool = True
+    """variational refinement of dis flow"""
+    workers: int = 0
+    """threads computing dis flow; 0: one per core"""
+    cycle_threshold: float = 1.5
+    """forward-backward error (pixels) up to which a correspondence is reliable"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Bijections and canonical volume (sizes as in docs/method.md)."""
+
+    couplings: int = 6
+    """Real-NVP affine couplings, each changing one axis"""
+    hidden: int = 64
+    """width of the coupling networks"""
+    layers: int = 2
+    """hidden layers of a coupling network that see the frame code"""
+    pre_layers: int = 0
+    """hidden layers before the frame code enters"""
+    octaves: int = 4
+    """octaves of the positional encoding of the two kept coordinates"""
+    scale_bound: float = 0.5
+    """bound of a coupling's log-scale"""
+    identity_start: bool = True
+    """zero last layers, so that every bijection starts as the identity"""
+    code: Literal["spline", "gabor"] = "spline"
+    """frame code: cubic B-spline in time, or the paper's multiplicative filter network"""
+    code_dim: int = 32
+    """width of the frame code"""
+    code_spacing: float = 3.0
+    """frames per control point of the spline code"""
+    project_code: bool = False
+    """a small network per coupling maps the frame code first (paper)"""
+    motion: Literal["affine", "none"] = "affine"
+    """per-frame global motion composed before the couplings"""
+    canonical: Literal["grid", "gabor"] = "grid"
+    """canonical network: multi-resolution grid and small network, or the paper's"""
+    canonical_hidden: int = 32
+    """width of the canonical network"""
+    grid_levels: int = 5
+    """levels of the canonical grid"""
+    grid_base: int = 16
+    """cells per axis of the coarsest level"""
+    grid_growth: float = 1.7
+    """ratio of cells per axis between levels"""
+    grid_log2_size: int = 15
+    """log2 of the most entries of one level; larger levels are hashed"""
+    surface: int = 64
+    """cells per axis of the per-frame surface map; 0: no map, uniform depth samples (paper)"""
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """Samples along a ray. Depth runs from 0 (near) to 2 (far)."""
+
+    samples: int = 4
+    """samples per ray"""
+    half_width: float = 0.15
+    """guided samples lie within this depth of the surface map"""
+    occlusion_margin: float = 0.1
+    """a point this much behind the rendered surface is hidden"""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a batch of correspondences is drawn."""
+
+    pairs: int = 64
+    """frame pairs per step"""
+    points: int = 16
+    """points per pair"""
+    adjacent_share: float = 0.0
+    """share of adjacent pairs drawn on top of the schedule (paper: 0.5)"""
+    balance_gaps: bool = True
+    """draw every gap equally often; else pairs by their number of reliable pixels (paper)"""
+    gap_start: int = 32
+    """longest gap at the start of the run"""
+    gap_end: int = 32
+    """longest gap at the end of the run; grows linearly"""
+    mining: float = 0.3
+    """share of points drawn where the running residual is large"""
+    held_out: float = 0.05
+    """share of reliable correspondences never trained on"""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms, each ramped as a fraction of the run (see docs/method.md)."""
+
+    robust: bool = True
+    """flow residual: pseudo-Huber in units of sigma; else mean absolute pixels (paper)"""
+    flow: Term = Term(1.0)
+    """rendered against measured correspondence"""
+    surface: Term = Term(1.0)
+    """target depth against the surface map, and the map against rendered depth"""
+    photometric: Term = Term(0.5)
+    """rendered against observed colour"""
+    acceleration: Term = Term(0.05)
+    """second difference of 3D trajectories"""
+    distortion: Term = Term(0.01)
+    """compactness of weights along the ray (mip-NeRF 360)"""
+    depth_range: Term = Term(1.0)
+    """mapped samples outside the depth range"""
+    photometric_difference: Term = Term(0.0)
+    """differences of colours of consecutive samples (paper's second colour term)"""
+    flow_difference: Term = Term(0.0)
+    """differences of targets of consecutive samples (paper)"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimisation loop."""
+
+    steps: int = 10000
+    """longest run"""
+    seconds: float = 0.0
+    """wall-clock budget of the fit; 0: none. The schedule follows whichever ends first"""
+    lr_mapping: float = 5e-3
+    """learning rate of the couplings"""
+    lr_code: float = 5e-3
+    """learning rate of the frame code"""
+    lr_canonical: float = 1e-2
+    """learning rate of the canonical volume"""
+    lr_surface: float = 1e-2
+    """learning rate of the surface maps"""
+    lr_motion: float = 1e-3
+    """learning rate of the global motion"""
+    warmup: int = 50
+    """steps of linear warm-up"""
+    decay: Literal["cosine", "step"] = "cosine"
+    """cosine to 2 %; step: halved every fifth of the run (paper)"""
+    clip: float = 1.0
+    """largest gradient norm of the couplings; 0: none"""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Adam"""
+    evaluate_every: int = 250
+    """steps between held-out evaluations"""
+    patience: int = 0
+    """held-out evaluations without improvement before stopping; 0: never stop early"""
+    checkpoint_seconds: float = 60.0
+    """seconds between checkpoints"""
+    log_every: int = 50
+    """steps between scalar summaries"""
+    image_every: int = 1000
+    """steps between image summaries"""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What `optimize` leaves behind."""
+
+    grid: int = 16
+    """stride in original pixels of the exported grid of queries"""
+    frame: int = 0
+    """frame of the exported grid"""
+    chunk: int = 8192
+    """points evaluated at once"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run."""
+
+    seed: int = 0
+    """seed of every random draw"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    threads: int = 0
+    """CPU threads of the fit; 0: torch's choice"""
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+def presets() -> list[str]:
+    """Names of the presets in `configs/`."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def load_config(name: str = "", overrides: typing.Sequence[str] = ()) -> Config:
+    """Resolve a preset or YAML file plus `key=value` overrides into a `Config`.
+
+    Args:
+        name: a preset's name, a path to a YAML file, or empty for the defaults.
+        overrides: `section.key=value` texts; the value is read as YAML.
+
+    Raises:
+        OmniError: file missing or unreadable, unknown key, wrong type.
+    """
+    config = Config()
+    if name:
+        config = apply(config, _read_yaml(name), where=name)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise OmniError(f"--set {text!r} is not of the form section.key=value")
+        try:
+            tree: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OmniError(f"--set {text!r}: the value is not readable ({error})") from None
+        for part in reversed(key.strip().split(".")):
+            tree = {part: tree}
+        config = apply(config, tree, where="--set")
+    return config
+
+
+def apply(config: Any, changes: dict, where: str, prefix: str = "") -> Any:
+    """A copy of a dataclass `config` with the nested mapping `changes` laid over it.
+
+    Raises:
+        OmniError: a key that does not exist (naming the nearest) or a value of another type.
+    """
+    if not isinstance(changes, dict):
+        raise OmniError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys")
+    hints = typing.get_type_hints(type(config))
+    new = {}
+    for key, value in changes.items():
+        if key not in hints:
+            raise OmniError(f"{where}: unknown key {prefix}{key}{_suggest(str(key), prefix)}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current) and isinstance(value, dict):
+            new[key] = apply(current, value, where, f"{prefix}{key}.")
+        elif isinstance(current, Term):
+            new[key] = Term(_coerce(value, float, f"{where}: {prefix}{key}"))
+        else:
+            new[key] = _coerce(value, hints[key], f"{where}: {prefix}{key}")
+    return dataclasses.replace(config, **new)
+
+
+def to_dict(config: Any) -> dict:
+    """Nested plain dict of a config, with JSON- and YAML-safe values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML text that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def digest(*parts: Any) -> str:
+    """Short stable hash of JSON-safe values: the key under which a stage's output is cached."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_yaml(name: str) -> dict:
+    path = Path(name)
+    if name in presets():
+        path = PRESET_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(presets())
+        raise OmniError(f"config {name!r} is neither a file nor a preset (presets: {known})")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OmniError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
+    return {} if tree is None else tree
+
+
+def _suggest(key: str, prefix: str) -> str:
+    every = _all_keys(Config)
+    near = difflib.get_close_matches(prefix + key, every, 1, 0.6)
+    near = near or [name for name in every if name.split(".")[-1] == key][:1]
+    near = near or difflib.get_close_matches(key, [n.split(".")[-1] for n in every], 1)
+    return f" (nearest valid key: {near[0]})" if near else ""
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, hint in typing.get_type_hints(schema).items():
+        names.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            names += _all_keys(hint, f"{prefix}{name}.")
+    return names
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as type `hint`. PyYAML reads 3e-5 as text and `no` as False, hence by field type."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        value = "none" if value is None and "none" in options else value
+        if value not in options:
+            raise OmniError(f"{where} must be one of {', '.join(options)}, not {value!r}")
+        return value
+    if origin is tuple:
+        inner = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or len(value) != len(inner):
+            raise OmniError(f"{where} must be a list of {len(inner)} numbers, not {value!r}")
+        return tuple(_coerce(v, t, where) for v, t in zip(value, inner, strict=True))
+    if isinstance(hint, types.UnionType) or dataclasses.is_dataclass(hint):
+        raise OmniError(f"{where} must be a mapping of keys, not {value!r}")
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, int | float) and not isinstance(value, bool):
+        if int(value) == value:
+            return int(value)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    raise OmniError(f"{where} must be of type {hint.__name__}, not {value!r}")
