@@ -178,8 +178,6 @@ class OptimConfig:
 
     steps: int = 10000
     """longest run"""
-    seconds: float = 0.0
-    """wall-clock budget of the fit; 0: none. The schedule follows whichever ends first"""
     lr_mapping: float = 5e-3
     """learning rate of the couplings"""
     lr_code: float = 5e-3
@@ -220,6 +218,10 @@ class OutputConfig:
     """frame of the exported grid"""
     chunk: int = 8192
     """points evaluated at once"""
+    render_side: int = 128
+    """short side of the rendered colour and depth videos"""
+    render_frames: int = 60
+    """most frames rendered for them, evenly spread"""
 
 
 @dataclass(frozen=True)
@@ -250,19 +252,19 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
 
 
-def load_config(name: str = "", overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(base: Config | str = "", overrides: typing.Sequence[str] = ()) -> Config:
     """Resolve a preset or YAML file plus `key=value` overrides into a `Config`.
 
     Args:
-        name: a preset's name, a path to a YAML file, or empty for the defaults.
+        base: a Config, a preset's name, a path to a YAML file, or empty for the defaults.
         overrides: `section.key=value` texts; the value is read as YAML.
 
     Raises:
         OmniError: file missing or unreadable, unknown key, wrong type.
     """
-    config = Config()
-    if name:
-        config = apply(config, _read_yaml(name), where=name)
+    config = base if isinstance(base, Config) else Config()
+    if isinstance(base, str) and base:
+        config = apply(config, _read_yaml(base), where=base)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:

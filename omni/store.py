@@ -165,7 +165,8 @@ class Stage:
 
 
 class Store:
-    """Reads and writes one run folder. Arrays are opened on first use, read-only, memory-mapped.
+    """Reads and writes one run folder. Arrays are memory-mapped on first use; writing to one
+    changes only this process's copy (torch refuses to wrap read-only memory).
 
     Raises:
         OmniError: the folder is not a run folder, was written by a newer version, or damaged.
@@ -261,7 +262,7 @@ class Store:
         if name not in self._arrays:
             path = self.folder / f"{name}.npy"
             try:
-                self._arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+                self._arrays[name] = np.load(path, mmap_mode="c", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise OmniError(
                     f"{path} cannot be read ({error}): run `omni preprocess` again"

@@ -6,7 +6,7 @@ Letters: N points, T frames. Positions are raster pixels `(x, y)` of the origina
 
 import io
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,11 @@ class Tracks:
             raise OmniError(
                 f"cannot write {path} ({error.strerror}): choose another folder with -o"
             ) from None
+
+    def subset(self, index: slice | np.ndarray) -> "Tracks":
+        """The tracks of some points."""
+        arrays = ("tracks", "visible", "visibility", "sigma", "query_points")
+        return replace(self, **{name: getattr(self, name)[index] for name in arrays})
 
     @classmethod
     def load(cls, path: Path | str) -> "Tracks":

@@ -1,1 +1,5 @@
 """Video to correspondences: see `prepare`."""
+
+from preprocess.pipeline import prepare
+
+__all__ = ["prepare"]

@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test test-fast lint clean
+demo: .venv/installed
+	$(BIN)/python scripts/make_demo.py $(DEMO)
+	$(BIN)/omni optimize $(DEMO)/demo.mp4 -o $(DEMO)/run --config cpu
+	$(BIN)/python scripts/demo_report.py $(DEMO)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,216 @@
+"""`omni COMMAND ...`: parse, call, print. One clear sentence and exit code 2 on bad input."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from omni.errors import OmniError
+
+__all__ = ["main"]
+
+Out = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")]
+Settings = Annotated[str | None, arg(metavar="NAME|FILE")]
+Overrides = UseAppendAction[Annotated[list[str], arg(name="set", metavar="KEY=VALUE")]]
+
+
+def optimize(
+    video: Positional[Path],
+    /,
+    out: Out = None,
+    config: Settings = None,
+    overrides: Overrides = [],  # noqa: B006 - tyro reads the default, nobody mutates it
+    masks: Path | None = None,
+) -> None:
+    """Preprocess, fit, export and visualise one video. Run again to continue.
+
+    Args:
+        video: video file or folder of frames
+        out: run folder (default runs/NAME)
+        config: preset (cpu, default, paper) or YAML file (default: by device)
+        overrides: change one setting, e.g. --set optim.steps=500; may be repeated
+        masks: folder of per-frame label PNGs, or one mask
+    """
+    from omni import run
+
+    result = run.optimize(video, out, config, overrides, masks)
+    folder = result.folder
+    print(f"tracks       {folder / 'tracks.npz'}")
+    print(f"overlay      {folder / 'overlay.mp4'}")
+    print(f"report       {folder / 'report.json'}")
+    print(f"TensorBoard  omni board {folder}")
+
+
+def preprocess(
+    video: Positional[Path],
+    /,
+    out: Annotated[Path, arg(aliases=["-o"], metavar="PATH")],
+    config: Settings = None,
+    overrides: Overrides = [],  # noqa: B006
+    masks: Path | None = None,
+) -> None:
+    """Frames, flows, consistency and masks of a video into a run folder.
+
+    Args:
+        video: video file or folder of frames
+        out: run folder
+        config: preset or YAML file (default: by device)
+        overrides: change one setting; may be repeated
+        masks: folder of per-frame label PNGs, or one mask
+    """
+    from omni import run
+    from omni.config import load_config
+
+    settings = load_config(run.choose_config(out, config), overrides)
+    run.preprocess_video(video, out, settings, masks)
+
+
+def fit(
+    run: Positional[Path],
+    /,
+    config: Settings = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Fit the field of a preprocessed run; continues an interrupted fit.
+
+    Args:
+        run: run folder
+        config: preset or YAML file (default: the run's own)
+        overrides: change one setting; may be repeated
+    """
+    from omni import run as runs
+    from omni.config import load_config
+
+    runs.fit(run, load_config(runs.choose_config(run, config), overrides))
+
+
+def export(
+    run: Positional[Path],
+    /,
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE.npz")],
+    queries: Path | None = None,
+    frame: int | None = None,
+    grid: int | None = None,
+    dense: bool = False,
+    times: list[float] | None = None,
+) -> None:
+    """Write trajectories of a fitted run.
+
+    Args:
+        run: run folder
+        out: .npz to write
+        queries: .npz with query_points (N, 3) t y x
+        frame: frame whose grid is exported
+        grid: stride of the grid in pixels
+        dense: every pixel (or every --grid-th) as (H', W', T, 2)
+        times: times in frames, may be fractional (default: every frame)
+    """
+    import numpy as np
+
+    from omni import run as runs
+
+    moments = None if times is None else np.asarray(times, np.float32)
+    runs.export(run, out, queries, frame, grid, dense, moments)
+    print(out)
+
+
+def visualize(run: Positional[Path], /) -> None:
+    """Write overlay, colour and depth videos and TensorBoard summaries of a run.
+
+    Args:
+        run: run folder
+    """
+    from omni import run as runs
+
+    runs.visualize(run)
+    print(run / "overlay.mp4")
+
+
+def board(run: Positional[Path], /, port: int = 6006, host: str = "127.0.0.1") -> None:
+    """Serve a run, or a folder of runs, in TensorBoard until Ctrl-C.
+
+    Args:
+        run: run folder
+        port: of the web page
+        host: 0.0.0.0 to reach it from other machines
+    """
+    from omni.board import serve
+
+    serve(run, port, host)
+
+
+def evaluate(
+    prediction: Positional[Path],
+    truth: Positional[str],
+    /,
+    mode: Literal["first", "strided", "given"] = "given",
+    out: Out = None,
+) -> None:
+    """Score tracks against ground truth as TAP-Vid does.
+
+    Args:
+        prediction: tracks .npz (ours or CoTracker arrays)
+        truth: .npz, or TAP-Vid pickle as FILE.pkl:CLIP
+        mode: how queries are drawn from the truth
+        out: JSON to write
+    """
+    import json
+
+    from omni.metrics import evaluate as score
+    from omni.metrics import format_scores
+    from omni.store import write_atomic
+    from omni.truth import load_prediction, load_truth
+
+    scores = score(load_prediction(prediction), load_truth(truth), mode)
+    if out is not None:
+        write_atomic(out, json.dumps(scores, indent=1).encode())
+    print(format_scores(scores))
+
+
+def baseline(
+    run: Positional[Path],
+    /,
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE.npz")],
+    method: Literal["direct", "chain", "mft"] = "mft",
+    queries: Path | None = None,
+) -> None:
+    """Track by following the run's flows alone: what a user would get without us.
+
+    Args:
+        run: preprocessed run folder
+        out: .npz to write
+        method: direct, chain (adjacent flows) or mft (best of several gaps)
+        queries: .npz with query_points (N, 3) t y x (default: the exported grid)
+    """
+    from omni import run as runs
+
+    runs.track_baseline(run, out, method, queries)
+    print(out)
+
+
+COMMANDS = {
+    function.__name__: function
+    for function in (optimize, preprocess, fit, export, visualize, board, evaluate, baseline)
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `omni` command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="omni", description="Dense long-range motion of one video.", args=args
+        )
+    except OmniError as error:
+        print(f"omni: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("omni: stopped; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Trajectories before any learning: Gaussian integration of flows along chains.
+
+A point's state in a frame is a Gaussian: mean position, one standard deviation, and a level of
+trust. Every stored flow that reaches a frame offers a candidate, one link after a state already
+known; the candidates that agree are fused with the exact weights for correlated estimates. A sweep
+forward and one backward in time start at the query; a recovery sweep from each end of the video
+then finds points again that came back from behind an occluder.
+
+Letters: G gaps, N points, T frames. Raster pixels of the processing resolution.
+
+Source: "Probabilistic Integration for Robust and Accurate Point Tracking" (ProTracker), with the
+published correlation rule, which can be worse than its best source, replaced by the exact one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from omni.coords import inside
+from omni.links import Links
+
+__all__ = ["Chains", "fuse", "integrate"]
+
+LOST, LOOSE, STRICT = 0, 1, 2
+"""Levels of trust: no chain; every link closes loosely; every link closes within STRICT_ERROR."""
+
+STRICT_ERROR = 0.5
+LOOSE_ERROR, LOOSE_SHARE = 3.0, 0.03
+"""Forward-backward errors in pixels up to which a link keeps a level; the loose one may grow with
+the length of the flow. A strict bound must not: it is at motion borders that points slide over."""
+
+CORRELATION = 0.25
+"""Correlation of candidates: they share frames and texture. Measured: 0 to 0.5 differ little."""
+
+GATE = 2.5
+"""Candidates further from the best than this many joint standard deviations are not fused."""
+
+
+@dataclass
+class Chains:
+    """Integrated states of N points in T frames.
+
+    xy: (T, N, 2) mean. sigma: (T, N) pixels, inf where lost. level: (T, N) uint8.
+    error: (T, N) forward-backward error of the best link. agree: (T, N) uint8 fused candidates.
+    """
+
+    xy: np.ndarray
+    sigma: np.ndarray
+    level: np.ndarray
+    error: np.ndarray
+    agree: np.ndarray
+
+    @classmethod
+    def start(cls, num_frames: int, frames: np.ndarray, xy: np.ndarray) -> "Chains":
+        """Everything lost but the queries: `frames` (N,) and positions `xy` (N, 2)."""
+        shape = (num_frames, len(xy))
+        chains = cls(
+            xy=np.broadcast_to(xy, (*shape, 2)).astype(np.float32),
+            sigma=np.full(shape, np.inf, np.float32),
+            level=np.zeros(shape, np.uint8),
+            error=np.full(shape, np.inf, np.float32),
+            agree=np.zeros(shape, np.uint8),
+        )
+        query = frames, np.arange(len(xy))
+        chains.sigma[query], chains.level[query], chains.error[query] = 0, STRICT, 0
+        return chains
+
+
+def integrate(links: Links, frames: np.ndarray, xy: np.ndarray) -> Chains:
+    """Carry points through the whole video.
+
+    Args:
+        links: the stored flows.
+        frames: (N,) query frame of each point.
+        xy: (N, 2) positions there.
+
+    Memory is the result's plus a few arrays of N points per gap.
+    """
+    chains = Chains.start(links.num_frames, frames, xy)
+    times = range(links.num_frames)
+    for step in (1, -1):
+        for target in times[::step]:
+            rows = np.flatnonzero((target - frames) * step > 0)
+            _offer(chains, links, target, step, rows)
+    for step in (1, -1):
+        for target in times[::-step]:
+            later = np.flatnonzero((target - frames) * step > 0)
+            rows = later[chains.level[target, later] < STRICT]
+            _offer(chains, links, target, -step, rows)
+    return chains
+
+
+def _offer(chains: Chains, links: Links, target: int, step: int, rows: np.ndarray) -> None:
+    """Fuse all candidates for `rows` in frame `target`; adopt where the level rises."""
+    offers = list(_candidates(chains, links, target, step, rows))
+    if not offers or len(rows) == 0:
+        return
+    xy, sigma, level, error = (np.stack(values) for values in zip(*offers, strict=True))
+    best_level = level.max(0)
+    # Never across levels: a loose estimate may already sit on the occluder.
+    usable = (level == best_level) & (best_level > LOST)
+    mean, deviation, agree, best = fuse(xy, np.where(usable, sigma, np.inf))
+    rise = best_level > chains.level[target, rows]
+    chosen, picked = rows[rise], (best[rise], np.flatnonzero(rise))
+    chains.xy[target, chosen] = mean[rise]
+    chains.sigma[target, chosen] = deviation[rise]
+    chains.level[target, chosen] = best_level[rise]
+    chains.error[target, chosen] = error[picked]
+    chains.agree[target, chosen] = agree[rise]
+
+
+def _candidates(
+    chains: Chains, links: Links, target: int, step: int, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Position, sigma, level and cycle error of one more link, for every stored gap."""
+    for gap in links.gaps:
+        source = target - step * gap
+        if not links.stored(source, target):
+            continue
+        start = chains.xy[source, rows]
+        arrived, error = links.follow(source, target, start)
+        length = np.linalg.norm(arrived - start, axis=-1)
+        level = np.where(
+            error < STRICT_ERROR,
+            STRICT,
+            np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, LOST),
+        )
+        level = np.minimum(level, chains.level[source, rows]) * inside(arrived, links.size)
+        sigma = np.hypot(chains.sigma[source, rows], links.sigma(error))
+        yield arrived, sigma, level.astype(np.uint8), error
+
+
+def fuse(
+    xy: np.ndarray, sigma: np.ndarray, correlation: float = CORRELATION
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Best linear unbiased fusion of equally correlated estimates that agree with the best one.
+
+    With `C = D[(1-p) I + p 11^T] D`, `a = 1/s`, `S1 = sum a`, `S2 = sum a^2`,
+    `b = p / (1 + (K-1) p)`: weights `a_k (a_k - b S1)`, variance `(1-p) / (S2 - b S1^2)`.
+    Sources whose exact weight would be negative are left out, which is what keeps the result at
+    least as good as the best source.
+
+    Args:
+        xy: (G, N, 2) candidates.
+        sigma: (G, N) standard deviations; inf for candidates that do not exist.
+        correlation: p between any two candidates.
+
+    Returns:
+        (N, 2) mean, (N,) sigma, (N,) number of candidates fused, (N,) index of the best; where no
+        candidate exists the first one's position with sigma inf.
+    """
+    points = np.arange(xy.shape[1])
+    best = sigma.argmin(0)
+    top, top_sigma = xy[best, points], sigma[best, points]
+    distance = np.linalg.norm(xy - top, axis=-1)
+    finite = np.isfinite(sigma)
+    safe = np.where(finite, np.maximum(sigma, 1e-3), 1.0)
+    used = finite & (distance <= GATE * np.hypot(safe, np.where(finite, top_sigma, 0)))
+    for _ in range(len(xy)):
+        a = used / safe
+        count = np.maximum(used.sum(0), 1)
+        b = correlation / (1 + (count - 1) * correlation)
+        weight = a * (a - b * a.sum(0))
+        negative = used & (weight < 0)
+        if not negative.any():
+            break
+        used &= ~negative
+    total = weight.sum(0)
+    variance = (1 - correlation) / np.maximum((a**2).sum(0) - b * a.sum(0) ** 2, 1e-12)
+    exists = finite.any(0) & (total > 0)
+    mean = (weight[..., None] * xy).sum(0) / np.where(exists, total, 1)[:, None]
+    deviation = np.minimum(np.sqrt(variance), top_sigma)
+    return (
+        np.where(exists[:, None], mean, top).astype(np.float32),
+        np.where(exists, deviation, top_sigma).astype(np.float32),
+        used.sum(0).astype(np.uint8),
+        best,
+    )

@@ -1,0 +1,383 @@
+"""The stages as functions over a run folder: preprocess, fit, export, visualise, all of them.
+
+    RUN/config.yaml  resolved settings          RUN/tracks.npz    the exported grid
+    RUN/checkpoint.pt                           RUN/overlay.mp4   color.mp4  depth.mp4
+    RUN/tensorboard/                            RUN/report.json   what each stage took and reached
+
+`optimize` runs them in order and skips what is finished, so calling it again continues.
+"""
+
+import json
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from omni.checkpoint import load_checkpoint
+from omni.config import Config, apply, load_config, to_yaml
+from omni.coords import grid_queries
+from omni.errors import OmniError
+from omni.model import Field
+from omni.readout import FieldReader
+from omni.store import Store, write_atomic
+from omni.summaries import Summaries
+from omni.tracks import Tracks, load_queries
+from omni.trainer import Trainer, fit_key
+from omni.video import write_video
+from omni.viz import depth_to_image, draw_tracks
+
+__all__ = [
+    "Run",
+    "choose_config",
+    "export",
+    "fit",
+    "load",
+    "optimize",
+    "preprocess_video",
+    "track_baseline",
+    "visualize",
+]
+
+log = logging.getLogger(__name__)
+
+
+def optimize(
+    video: Path | str,
+    run: Path | str | None = None,
+    config: Config | str | None = None,
+    overrides: Sequence[str] = (),
+    masks: Path | str | None = None,
+) -> "Run":
+    """One video to dense tracks: preprocess, fit, export, visualise, into one run folder.
+
+    Stages already finished with the same inputs and settings are skipped; an interrupted one
+    continues.
+
+    Args:
+        video: a video file or a folder of frames.
+        run: run folder; default `runs/NAME_OF_VIDEO`.
+        config: a Config, a preset's name, or a YAML file; None: the run's own settings if it has
+            any, else `default` with a CUDA device and `cpu` without.
+        overrides: `section.key=value` texts laid over it.
+        masks: folder of per-frame label PNGs, or one mask file.
+
+    Returns:
+        The finished run, as `load` gives it.
+
+    Raises:
+        OmniError: bad input, settings or environment.
+    """
+    video = Path(video)
+    run = Path("runs") / video.stem if run is None else Path(run)
+    settings = load_config(choose_config(run, config), overrides)
+    preprocess_video(video, run, settings, masks)
+    fit(run, settings)
+    export(run, run / "tracks.npz")
+    visualize(run)
+    return load(run)
+
+
+def preprocess_video(
+    video: Path | str,
+    run: Path | str,
+    config: Config | str | None = None,
+    masks: Path | str | None = None,
+) -> Store:
+    """Frames, flows, consistency and masks into the run's store; arguments as `optimize`."""
+    from preprocess import prepare
+
+    run = Path(run)
+    settings = load_config(choose_config(run, config))
+    _make_folder(run)
+    write_atomic(run / "config.yaml", to_yaml(settings).encode())
+    with _timed(run, "preprocess") as record:
+        store = prepare(video, run, settings, masks)
+        record["pairs"] = len(store.pairs)
+        record["store_bytes"] = sum(f.stat().st_size for f in store.folder.iterdir())
+    return store
+
+
+def fit(run: Path | str, config: Config | str | None = None) -> None:
+    """The optimisation alone, on a preprocessed run; continues a checkpoint of the same fit."""
+    run = Path(run)
+    settings = load_config(choose_config(run, config))
+    store = Store.open(run)
+    device = _device(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    checkpoint = run / "checkpoint.pt"
+    if _finished_fit(checkpoint, fit_key(store, settings)):
+        log.info("the fit is finished")
+        return
+    write_atomic(run / "config.yaml", to_yaml(settings).encode())
+    with _timed(run, "fit") as record, Summaries(run / "tensorboard", settings) as summaries:
+        trainer = Trainer(
+            store, settings, checkpoint, device, summaries.scalars, summaries.images
+        )
+        trainer.run()
+        record["steps"] = trainer.step
+        record["held_out"] = trainer.history
+        record["rollbacks"] = trainer.rollbacks
+
+
+def export(
+    run: Path | str,
+    path: Path | str,
+    queries: Path | str | np.ndarray | None = None,
+    frame: int | None = None,
+    grid: int | None = None,
+    dense: bool = False,
+    times: np.ndarray | None = None,
+) -> None:
+    """Write trajectories of a fitted run to an `.npz` (see docs/data_format.md).
+
+    Args:
+        run: fitted run folder.
+        path: file to write.
+        queries: an `.npz` with `query_points` (N, 3) t y x in original pixels, or the array.
+        frame: frame of the grid; default `output.frame`.
+        grid: stride of the grid in original pixels; default `output.grid`, with `dense` 1.
+        dense: store every grid pixel as (H', W', T, 2), streamed with bounded memory.
+        times: times in frames to answer at; default every frame.
+    """
+    run, path = Path(run), Path(path)
+    opened = load(run)
+    frame = opened.config.output.frame if frame is None else frame
+    _make_folder(path.parent)
+    with _timed(run, "export"):
+        if dense:
+            _export_dense(opened, path, frame, grid or 1, times)
+            return
+        if queries is None:
+            queries = grid_queries(opened.store.video_size, frame, grid or opened.config.output.grid)
+        elif not isinstance(queries, np.ndarray):
+            queries = load_queries(queries)
+        with tqdm(total=len(queries), desc="export", unit="track", disable=None) as bar:
+            opened.reader.tracks(queries, times, bar.update).save(path)
+
+
+def track_baseline(
+    run: Path | str, path: Path | str, method: str, queries: Path | str | None = None
+) -> None:
+    """Write what following a run's flows alone gives (see `omni.baselines`)."""
+    from omni.baselines import baseline
+
+    store = Store.open(run)
+    output = load_config(choose_config(run, None)).output
+    if queries is None:
+        points = grid_queries(store.video_size, output.frame, output.grid)
+    else:
+        points = load_queries(queries)
+    baseline(store, points, method).save(path)
+
+
+def visualize(run: Path | str) -> None:
+    """Write overlay, colour and depth videos and the final TensorBoard summaries of a run."""
+    run = Path(run)
+    opened = load(run)
+    store, output = opened.store, opened.config.output
+    tracks_path = run / "tracks.npz"
+    if not tracks_path.is_file():
+        export(run, tracks_path)
+    tracks = Tracks.load(tracks_path)
+    with _timed(run, "visualize"):
+        shown = _overlay_tracks(opened, tracks)
+        write_video(run / "overlay.mp4", draw_tracks(store.frames, shown), store.fps)
+        step = -(-store.num_frames // output.render_frames)
+        colors, depths = [], []
+        for time_ in tqdm(range(0, store.num_frames, step), desc="render", disable=None):
+            color, depth = opened.reader.render(time_, output.render_side)
+            colors.append((color * 255).round().astype(np.uint8))
+            depths.append(depth)
+        write_video(run / "color.mp4", iter(colors), store.fps / step)
+        write_video(run / "depth.mp4", iter(depth_to_image(np.stack(depths))), store.fps / step)
+        with Summaries(run / "tensorboard", opened.config) as summaries:
+            summaries.results(opened.steps, store, shown, opened.report)
+
+
+class Run:
+    """A fitted run: answers queries. Made by `omni.load`.
+
+    Attributes:
+        folder: the run folder.
+        config: its settings.
+        store: frames, flows and their evidence.
+        report: what each stage took and reached.
+    """
+
+    def __init__(self, folder: Path, device: str = "auto"):
+        self.folder = folder
+        self.store = Store.open(folder)
+        target = _device(device)
+        state = load_checkpoint(folder / "checkpoint.pt", target)
+        self.config: Config = apply(Config(), state["config"], str(folder / "checkpoint.pt"))
+        self.steps: int = state["step"]
+        field = Field(state["num_frames"], self.config.model, self.config.render)
+        field.load_state_dict(state["field"])
+        self.reader = FieldReader(
+            field.to(target),
+            self.store.size,
+            self.store.video_size,
+            self.store.fps,
+            state["calibration"] or {"floor": 1.0, "slope": 0.0},
+            self.config.output.chunk,
+        )
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Contents of `report.json`."""
+        return _read_report(self.folder)
+
+    def tracks(self, query_points: np.ndarray, times: np.ndarray | None = None) -> Tracks:
+        """Trajectories of `(N, 3)` queries `(t, y, x)`; see `FieldReader.tracks`."""
+        return self.reader.tracks(query_points, times)
+
+    def dense(self, frame: float = 0, stride: int = 1) -> Tracks:
+        """Trajectories of every `stride`-th pixel of a frame, row by row."""
+        return self.reader.dense(frame, stride)
+
+    def at(self, time: float, query_points: np.ndarray | None = None) -> Tracks:
+        """Where points are at one, possibly fractional, time in frames: `Tracks` with T = 1.
+
+        `query_points` defaults to the exported grid of the run.
+        """
+        if query_points is None:
+            output = self.config.output
+            query_points = grid_queries(self.store.video_size, output.frame, output.grid)
+        return self.reader.tracks(query_points, np.array([time]))
+
+
+def load(run: Path | str, device: str = "auto") -> Run:
+    """Open a fitted run.
+
+    Raises:
+        OmniError: no such run, not fitted yet, or damaged.
+    """
+    return Run(Path(run), device)
+
+
+def choose_config(run: Path | str, config: Config | str | None) -> Config | str:
+    """`config` where given, else the run's own settings, else the preset for this machine."""
+    if config is not None:
+        return config
+    own = Path(run) / "config.yaml"
+    if own.is_file():
+        return str(own)
+    return "default" if torch.cuda.is_available() else "cpu"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OmniError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OmniError("no CUDA device is available: use --set device=cpu, or a CUDA build of torch")
+    return device
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OmniError(
+            f"cannot write into {folder} ({error.strerror}): choose another folder with -o"
+        ) from None
+
+
+def _finished_fit(checkpoint: Path, key: str) -> bool:
+    if not checkpoint.is_file():
+        return False
+    try:
+        state = load_checkpoint(checkpoint)
+    except OmniError:
+        return False
+    return state["key"] == key and state["finished"]
+
+
+def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:
+    """The tracks to draw: at most about 800, a regular subset of the exported ones."""
+    every = max(1, round(np.sqrt(len(tracks.tracks) / 800)))
+    if every == 1 or len(np.unique(tracks.query_points[:, 0])) > 1:
+        return tracks
+    stride = run.config.output.grid * every
+    return run.reader.dense(float(tracks.query_points[0, 0]), stride)
+
+
+def _export_dense(run: Run, path: Path, frame: float, stride: int, times) -> None:
+    """Every grid pixel as (H', W', T, ...) arrays, through memory-mapped temporary files."""
+    height, width = run.store.video_size
+    rows = len(np.arange(stride / 2, height, stride))
+    points = grid_queries((height, width), frame, stride).reshape(rows, -1, 3)
+    columns = points.shape[1]
+    count = run.store.num_frames if times is None else len(times)
+    layout = {"tracks": ((2,), "f4"), "visible": ((), "?"), "visibility": ((), "f4")}
+    layout["sigma"] = ((), "f4")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        arrays = {
+            name: np.lib.format.open_memmap(
+                Path(folder) / f"{name}.npy", "w+", dtype, (rows, columns, count, *tail)
+            )
+            for name, (tail, dtype) in layout.items()
+        }
+        band = max(1, 4 * run.config.output.chunk // columns)
+        for row in tqdm(range(0, rows, band), desc="export", unit="band", disable=None):
+            part = run.tracks(points[row : row + band].reshape(-1, 3), times)
+            for name, array in arrays.items():
+                values = getattr(part, name)
+                array[row : row + band] = values.reshape(-1, columns, *values.shape[1:])
+        temporary = Path(folder) / "dense.npz"
+        np.savez(
+            temporary,
+            **arrays,
+            query_points=points,
+            size=np.asarray((height, width)),
+            fps=run.store.fps,
+            format_version=1,
+        )
+        temporary.replace(path)
+
+
+@contextmanager
+def _timed(run: Path, stage: str) -> Iterator[dict[str, Any]]:
+    """Add the stage's wall time, peak memory and whatever it notes to `report.json`.
+
+    Times of an interrupted and continued stage add up.
+    """
+    start = time.monotonic()
+    record: dict[str, Any] = {}
+    try:
+        yield record
+    finally:
+        report = _read_report(run)
+        stages = report.setdefault("stages", {})
+        before = stages.get(stage, {}).get("seconds", 0.0) if stage in ("preprocess", "fit") else 0
+        record["seconds"] = round(before + time.monotonic() - start, 2)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        record["peak_memory_mb"] = round(peak / 1024)
+        if torch.cuda.is_available():
+            record["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        stages[stage] = {**stages.get(stage, {}), **record}
+        if run.is_dir():
+            write_atomic(run / "report.json", json.dumps(report, indent=1).encode())
+
+
+def _read_report(run: Path) -> dict[str, Any]:
+    path = run / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}

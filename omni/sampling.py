@@ -1,0 +1,221 @@
+"""Batches of correspondences: which frame pairs, which points, and with what evidence.
+
+The stored flows live where the model lives (memory-mapped on a CPU, resident on a GPU); one batch
+is a few gathers, with no work per pixel in Python. Letters: K pairs, N points per pair.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.config import SamplingConfig
+from omni.store import FLOW_SCALE, Store, unpack_evidence
+
+__all__ = ["Batch", "CorrespondenceSampler"]
+
+TILE = 16
+"""Side in pixels of the tiles over which the running residual is kept."""
+
+BLOCK = 8
+"""Held-out correspondences are whole blocks of this side: single pixels have trained neighbours."""
+
+CANDIDATES = 3
+"""Candidates drawn per kept point, so that most kept ones are reliable."""
+
+
+@dataclass
+class Batch:
+    """K frame pairs with N measured correspondences each; raster pixels, processing resolution.
+
+    Attributes:
+        source: (K,) frame index. target: (K,).
+        xy: (K, N, 2) source points (pixel centres). target_xy: (K, N, 2) measured targets.
+        sigma: (K, N) standard deviation of the measurement.
+        visible: (K, N) weight 0/1, reliable and visible in both frames.
+        hidden: (K, N) weight 0/1, reliable but occluded in the target.
+        color: (K, N, 3) in [0, 1], of the source.
+    """
+
+    source: Tensor
+    target: Tensor
+    xy: Tensor
+    target_xy: Tensor
+    sigma: Tensor
+    visible: Tensor
+    hidden: Tensor
+    color: Tensor
+
+
+class CorrespondenceSampler:
+    """Draws training batches and holds a fixed share of correspondences back.
+
+    Args:
+        store: finished preprocessing.
+        config: how to draw.
+        threshold: forward-backward error (pixels) up to which a correspondence is reliable.
+        device: where batches live.
+        generator: CPU generator of every draw.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: SamplingConfig,
+        threshold: float,
+        device: torch.device,
+        generator: torch.Generator,
+    ):
+        self.config, self.threshold, self.generator = config, threshold, generator
+        self.device = device
+        self.height, self.width = store.size
+        self.flow = torch.from_numpy(store.flow).to(device)
+        self.evidence = torch.from_numpy(store.evidence).to(device)
+        self.frames = torch.from_numpy(store.frames).to(device)
+        meta = store.meta("evidence")
+        self.sigma_floor, self.sigma_slope = meta["sigma_floor"], meta["sigma_slope"]
+        self.pairs = torch.from_numpy(store.pairs)
+        self.gaps = (self.pairs[:, 1] - self.pairs[:, 0]).abs()
+        self.reliable_share = _reliable_share(store, threshold)
+        tiles = (store.num_frames, -(-self.height // TILE), -(-self.width // TILE))
+        self.residual = torch.ones(tiles)
+
+    def draw(self, gap_limit: int) -> Batch:
+        """A training batch from pairs at most `gap_limit` frames apart (at least adjacent ones)."""
+        config = self.config
+        k = torch.multinomial(
+            self._pair_weights(gap_limit), config.pairs, replacement=True, generator=self.generator
+        )
+        x, y = self._points(self.pairs[k, 0], CANDIDATES * config.points)
+        k, x, y = k.to(self.device), x.to(self.device), y.to(self.device)
+        visible, hidden = self._weights(k, x, y, held_out=False)
+        best = (visible + hidden > 0).float().argsort(dim=1, descending=True, stable=True)
+        keep = best[:, : config.points]
+        x, y = x.gather(1, keep), y.gather(1, keep)
+        return self._batch(k, x, y, visible.gather(1, keep), hidden.gather(1, keep))
+
+    def held_out(self, count: int, seed: int = 0) -> Batch:
+        """About `count` held-out correspondences, the same for a given seed; one per pair row."""
+        generator = torch.Generator().manual_seed(seed)
+        gaps, inverse = self.gaps.unique(return_inverse=True)
+        per_gap = torch.bincount(inverse, minlength=len(gaps)).double()
+        weights = (self.reliable_share > 0) / per_gap[inverse]
+        points = 64
+        rows = max(1, count // points)
+        if weights.sum() == 0:
+            weights = torch.ones(len(self.pairs), dtype=torch.double)
+        k = torch.multinomial(weights, rows, replacement=True, generator=generator)
+        over = 4 * int(points / max(self.config.held_out, 1e-3))
+        x = torch.randint(self.width, (rows, over), generator=generator).to(self.device)
+        y = torch.randint(self.height, (rows, over), generator=generator).to(self.device)
+        k = k.to(self.device)
+        visible, _ = self._weights(k, x, y, held_out=True)
+        keep = visible.argsort(dim=1, descending=True, stable=True)[:, :points]
+        x, y, visible = x.gather(1, keep), y.gather(1, keep), visible.gather(1, keep)
+        return self._batch(k, x, y, visible, torch.zeros_like(visible))
+
+    def report(self, batch: Batch, residual: Tensor) -> None:
+        """Note the residuals `(K, N)` (in sigma) of a drawn batch for hard mining."""
+        column, row = (batch.xy / TILE).long().cpu().unbind(-1)
+        frame = batch.source.cpu()[:, None].expand_as(row)
+        index = (frame * self.residual.shape[1] + row) * self.residual.shape[2] + column
+        weight = batch.visible.cpu().flatten()
+        value = residual.detach().cpu().clamp(max=20).flatten()
+        flat, index = self.residual.view(-1), index.flatten()
+        size = len(flat)
+        count = torch.zeros(size).index_add_(0, index, weight)
+        mean = torch.zeros(size).index_add_(0, index, weight * value) / count.clamp(min=1)
+        flat.copy_(torch.where(count > 0, 0.9 * flat + 0.1 * mean, flat))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beyond the store: mining state and the generator."""
+        return {"residual": self.residual, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue as `state_dict` was taken."""
+        self.residual = state["residual"].clone()
+        self.generator.set_state(state["generator"])
+
+    def _pair_weights(self, gap_limit: int) -> Tensor:
+        """(K_all,) probability weights of every stored pair."""
+        config = self.config
+        allowed = self.gaps <= max(gap_limit, int(self.gaps.min()))
+        weights = allowed * (self.reliable_share > 0).double()
+        if weights.sum() == 0:
+            weights = allowed.double()
+        if config.balance_gaps:
+            gaps, inverse = self.gaps.unique(return_inverse=True)
+            per_gap = torch.zeros(len(gaps), dtype=torch.double).index_add_(0, inverse, weights)
+            weights = weights / per_gap[inverse].clamp(min=1)
+        else:
+            weights = weights * self.reliable_share
+        mined = self.residual.mean((1, 2))[self.pairs[:, 0]].double()
+        mined = weights * mined / mined.mean()
+        weights = _normalized(weights) * (1 - config.mining) + _normalized(mined) * config.mining
+        adjacent = (self.gaps == 1).double()
+        share = config.adjacent_share if adjacent.any() else 0.0
+        return (1 - share) * weights + share * _normalized(adjacent)
+
+    def _points(self, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Integer pixel columns and rows `(K, count)`, a share of them where residuals are high."""
+        shape = (len(frames), count)
+        x = torch.randint(self.width, shape, generator=self.generator)
+        y = torch.randint(self.height, shape, generator=self.generator)
+        mined = round(count * self.config.mining)
+        if mined:
+            tiles = self.residual[frames].flatten(1)
+            tile = torch.multinomial(tiles, mined, replacement=True, generator=self.generator)
+            columns = self.residual.shape[2]
+            x0, y0 = tile % columns * TILE, tile // columns * TILE
+            spot = torch.randint(TILE, (2, len(frames), mined), generator=self.generator)
+            x[:, :mined] = (x0 + spot[0]).clamp(max=self.width - 1)
+            y[:, :mined] = (y0 + spot[1]).clamp(max=self.height - 1)
+            order = torch.randperm(count, generator=self.generator)
+            x, y = x[:, order], y[:, order]
+        return x, y
+
+    def _weights(self, k: Tensor, x: Tensor, y: Tensor, held_out: bool) -> tuple[Tensor, Tensor]:
+        """Visible and hidden weights `(K, N)` of candidate pixels, from one side of the split."""
+        evidence = unpack_evidence(self.evidence[k[:, None], y, x])
+        side = _held_out(k[:, None], x, y, self.config.held_out) == held_out
+        visible = side & evidence.valid & (evidence.error <= self.threshold)
+        hidden = side & evidence.valid & evidence.occluded
+        return visible.float(), (hidden & ~visible).float()
+
+    def _batch(self, k: Tensor, x: Tensor, y: Tensor, visible: Tensor, hidden: Tensor) -> Batch:
+        source, target = self.pairs.to(self.device)[k].unbind(-1)
+        flow = self.flow[k[:, None], y, x].float() / FLOW_SCALE
+        error = unpack_evidence(self.evidence[k[:, None], y, x]).error
+        xy = torch.stack([x, y], dim=-1).float() + 0.5
+        return Batch(
+            source=source,
+            target=target,
+            xy=xy,
+            target_xy=xy + flow,
+            sigma=self.sigma_floor + self.sigma_slope * error.float(),
+            visible=visible,
+            hidden=hidden,
+            color=self.frames[source[:, None], y, x].float() / 255,
+        )
+
+
+def _held_out(k: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
+    """Fixed pseudo-random choice of blocks of pixels of each pair."""
+    mixed = (k * 73856093) ^ ((y // BLOCK) * 19349663) ^ ((x // BLOCK) * 83492791)
+    mixed = (mixed * 2654435761) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+    return mixed < share * 2**32
+
+
+def _normalized(weights: Tensor) -> Tensor:
+    return weights / weights.sum().clamp(min=1e-12)
+
+
+def _reliable_share(store: Store, threshold: float) -> Tensor:
+    """(K,) share of reliable pixels of each pair, from every 4th row and column."""
+    shares = np.zeros(len(store.pairs))
+    for k, code in enumerate(store.evidence):
+        evidence = unpack_evidence(code[::4, ::4])
+        shares[k] = (evidence.valid & (evidence.error <= threshold)).mean()
+    return torch.from_numpy(shares)

@@ -1,0 +1,383 @@
+"""The optimisation loop and nothing else. What it sees goes out through two callbacks."""
+
+import copy
+import logging
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from omni import losses, rendering
+from omni.checkpoint import load_checkpoint, save_checkpoint
+from omni.config import Config, digest, to_dict
+from omni.coords import denormalize, normalize
+from omni.errors import OmniError
+from omni.initialize import global_motion, surface_depth
+from omni.model import Field, Rays
+from omni.sampling import Batch, CorrespondenceSampler
+from omni.schedules import gap_limit, learning_rate
+from omni.store import Store
+
+__all__ = ["Trainer", "fit_key"]
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = 8192
+"""Held-out correspondences judged at each evaluation."""
+
+MAX_ROLLBACKS = 3
+
+
+def fit_key(store: Store, config: Config) -> str:
+    """Hash of everything that decides the result of a fit: its inputs and settings."""
+    settings = to_dict(config)
+    for section in ("data", "flow", "output", "device", "threads"):
+        settings.pop(section)
+    for cadence in ("checkpoint_seconds", "log_every", "image_every"):
+        settings["optim"].pop(cadence)
+    stages = store.manifest["stages"]
+    return digest(settings, config.flow.cycle_threshold, stages["evidence"]["key"])
+
+
+class Trainer:
+    """Fits one `Field` to one store.
+
+    Args:
+        store: finished preprocessing.
+        config: every setting.
+        checkpoint: file to continue from and to save to.
+        device: where the model and the correspondences live.
+        on_scalars: called with (step, name to value) every `optim.log_every` steps.
+        on_images: called with the trainer every `optim.image_every` steps and at the end.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        checkpoint: Path,
+        device: torch.device,
+        on_scalars: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+        on_images: Callable[["Trainer"], None] = lambda trainer: None,
+    ):
+        self.store, self.config, self.device = store, config, device
+        self.path, self.on_scalars, self.on_images = checkpoint, on_scalars, on_images
+        self.key = fit_key(store, config)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        torch.manual_seed(config.seed)
+        self.field = Field(store.num_frames, config.model, config.render)
+        self._initialize()
+        self.field.to(device)
+        self.sampler = CorrespondenceSampler(
+            store, config.sampling, config.flow.cycle_threshold, device, self.generator
+        )
+        self.optimizer = self._make_optimizer()
+        self.step, self.rate, self.rollbacks = 0, 1.0, 0
+        self.history: list[dict[str, float]] = []
+        self.judged = self.sampler.held_out(HELD_OUT, seed=config.seed)
+        self._stop_signal: int | None = None
+
+    def run(self) -> None:
+        """Train to the end, continuing a checkpoint of the same fit if there is one.
+
+        Raises:
+            KeyboardInterrupt: on SIGINT or SIGTERM, after saving.
+        """
+        self._resume()
+        if self.finished:
+            return
+        self._good = self.state()
+        saved = time.monotonic()
+        bar = tqdm(
+            total=self.config.optim.steps, initial=self.step, desc="fit", unit="step", disable=None
+        )
+        with _stop_signals(self), bar:
+            while not self.finished:
+                self._advance(bar)
+                if self._stop_signal is not None:
+                    self.save()
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved > self.config.optim.checkpoint_seconds:
+                    self.save()
+                    saved = time.monotonic()
+        self.calibration = self.calibrate()
+        self.save()
+        self.on_images(self)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the fit is over: out of steps, no more progress, or too many roll-backs."""
+        return (
+            self.step >= self.config.optim.steps
+            or self.rollbacks > MAX_ROLLBACKS
+            or self._stalled()
+        )
+
+    def _advance(self, bar: tqdm) -> None:
+        optim = self.config.optim
+        terms = self.train_step()
+        if terms is None:
+            return
+        self.step += 1
+        bar.update()
+        if self.step % optim.log_every == 0:
+            values = {f"loss/{name}": float(value.detach()) for name, value in terms.items()}
+            for group in self.optimizer.param_groups:
+                values[f"lr/{group['name']}"] = group["lr"]
+            self.on_scalars(self.step, values)
+        if self.step % optim.evaluate_every == 0 or self.step == optim.steps:
+            result = self.evaluate()
+            self.history.append({"step": self.step, **result})
+            self.on_scalars(self.step, {f"held_out/{k}": v for k, v in result.items()})
+            bar.set_postfix(held_out=f"{result['median']:.2f}px")
+            self._good = self.state()
+        if self.step % optim.image_every == 0 and not self.finished:
+            self.on_images(self)
+
+    def train_step(self) -> dict[str, Tensor] | None:
+        """One update; the loss terms by name, or None where it had to be rolled back."""
+        fraction = self.step / self.config.optim.steps
+        sampling = self.config.sampling
+        batch = self.sampler.draw(gap_limit(sampling.gap_start, sampling.gap_end, fraction))
+        terms, residual = self._terms(batch)
+        loss = losses.total(terms, self.config.loss, fraction)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if not self._finite(loss):
+            self._roll_back()
+            return None
+        factor = self.rate * learning_rate(self.config.optim, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * factor
+        self.optimizer.step()
+        self.sampler.report(batch, residual)
+        return terms | {"total": loss.detach()}
+
+    def _terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Every loss term with a weight in the config, and the residuals in sigma `(K, N)`."""
+        config, size = self.config.loss, self.store.size
+        source, target = batch.source.float(), batch.target.float()
+        jitter = torch.rand(
+            *batch.visible.shape, self.config.render.samples, generator=self.generator
+        ).sub(0.5)
+        xy = normalize(batch.xy, size)
+        rays = self.field.cast(source, xy, jitter.to(self.device))
+        reached, mapped = self.field.follow(rays, target)
+        difference = denormalize(reached[..., :2], size) - batch.target_xy
+        weight = batch.visible + batch.hidden
+        color = rays.composite_color()
+        terms = {
+            "flow": losses.flow_robust(difference, batch.sigma, weight)
+            if config.robust
+            else losses.flow_absolute(difference, weight * self._pair_weight(batch)),
+            "photometric": losses.photometric(color, batch.color),
+            "depth_range": losses.depth_range(mapped[..., 2], rendering.NEAR, rendering.FAR),
+        }
+        if self.field.surface is not None:
+            own = self.field.surface.at(source, xy)
+            there = self.field.surface.at(target, normalize(batch.target_xy, size))
+            margin = self.config.render.occlusion_margin
+            terms["surface"] = losses.surface_map(own, rays.composite_depth())
+            terms["surface"] = terms["surface"] + losses.surface_order(
+                reached[..., 2], there, batch.visible, batch.hidden, margin
+            )
+        if config.acceleration.weight and self.store.num_frames > 2:
+            terms["acceleration"] = self._acceleration(rays, source)
+        if config.distortion.weight:
+            terms["distortion"] = rendering.distortion(rays.weight, rays.depth, rays.step).mean()
+        if config.photometric_difference.weight:
+            terms["photometric_difference"] = losses.adjacent_difference(
+                color, batch.color, torch.ones_like(weight)
+            )
+        if config.flow_difference.weight:
+            terms["flow_difference"] = losses.adjacent_difference(
+                denormalize(reached[..., :2], size), batch.target_xy, weight
+            )
+        distance = difference.detach().norm(dim=-1) / batch.sigma
+        return terms, distance
+
+    def _acceleration(self, rays: Rays, times: Tensor) -> Tensor:
+        """Acceleration of a quarter of the points, in the stabilised plane: camera shake is free."""
+        count = max(1, rays.weight.shape[1] // 4)
+        points = rendering.composite(rays.weight[:, :count], rays.canonical[:, :count])
+        middle = times.clamp(1, self.store.num_frames - 2)
+        stacked = torch.cat([middle - 1, middle, middle + 1])
+        path = self.field.from_canonical(stacked, points.repeat(3, 1, 1), stabilized=True)
+        return losses.acceleration(*path.chunk(3))
+
+    def _pair_weight(self, batch: Batch) -> Tensor:
+        """The original's cosine weight of a pair, falling to 0 at the longest trained gap."""
+        sampling = self.config.sampling
+        fraction = self.step / self.config.optim.steps
+        longest = gap_limit(sampling.gap_start, sampling.gap_end, fraction)
+        gap = (batch.target - batch.source).abs().float()
+        return torch.cos((gap - 1) / longest * (torch.pi / 2)).clamp(min=0)[:, None]
+
+    @torch.no_grad()
+    def residuals(self, batch: Batch) -> Tensor:
+        """Errors `(K, N, 2)` in pixels of the field on measured correspondences."""
+        rays = self.field.cast(batch.source.float(), normalize(batch.xy, self.store.size))
+        reached, _ = self.field.follow(rays, batch.target.float())
+        return denormalize(reached[..., :2], self.store.size) - batch.target_xy
+
+    def evaluate(self) -> dict[str, float]:
+        """Error on held-out correspondences: median in pixels, share within 1 and 3 pixels."""
+        distance = self.residuals(self.judged).norm(dim=-1)[self.judged.visible > 0]
+        if len(distance) == 0:
+            return {"median": 0.0, "mean": 0.0, "within_1px": 1.0, "within_3px": 1.0}
+        return {
+            "median": float(distance.median()),
+            "mean": float(distance.mean()),
+            "within_1px": float((distance < 1).float().mean()),
+            "within_3px": float((distance < 3).float().mean()),
+        }
+
+    def calibrate(self) -> dict[str, float]:
+        """Standard deviation per axis as `floor + slope sqrt(gap)`, from held-out residuals.
+
+        Robust (1.4826 times the median absolute residual of each gap), in processing pixels.
+        """
+        residual = self.residuals(self.judged).abs().cpu()
+        keep = self.judged.visible.cpu() > 0
+        gaps = (self.judged.target - self.judged.source).abs().cpu()
+        roots, deviations = [], []
+        for gap in gaps.unique():
+            values = residual[gaps == gap][keep[gaps == gap]]
+            if len(values) > 20:
+                roots.append(float(gap) ** 0.5)
+                deviations.append(1.4826 * float(values.median()))
+        if not roots:
+            return {"floor": 1.0, "slope": 0.0}
+        x = torch.tensor(roots, dtype=torch.float64)
+        y = torch.tensor(deviations, dtype=torch.float64)
+        design = torch.stack([torch.ones_like(x), x], dim=1)
+        slope = 0.0
+        if len(roots) > 1:
+            slope = max(0.0, float(torch.linalg.lstsq(design, y[:, None]).solution[1]))
+        return {"floor": max(0.1, float((y - slope * x).mean())), "slope": slope}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides what happens next, as tensors and plain values."""
+        return copy.deepcopy(
+            {
+                "key": self.key,
+                "config": to_dict(self.config),
+                "num_frames": self.store.num_frames,
+                "step": self.step,
+                "rate": self.rate,
+                "rollbacks": self.rollbacks,
+                "history": self.history,
+                "field": self.field.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "sampler": self.sampler.state_dict(),
+                "calibration": getattr(self, "calibration", {}),
+                "finished": self.finished,
+            }
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        save_checkpoint(self.path, self.state())
+
+    def _resume(self) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            state = load_checkpoint(self.path, self.device)
+        except OmniError as error:
+            log.warning("%s; starting the fit anew", error)
+            return
+        if state["key"] != self.key:
+            log.warning("inputs or settings of the fit changed: starting it anew")
+            return
+        self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        state = copy.deepcopy(state)
+        self.field.load_state_dict(state["field"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict({k: v.cpu() for k, v in state["sampler"].items()})
+        self.step, self.history = state["step"], state["history"]
+        self.rate, self.rollbacks = state["rate"], state["rollbacks"]
+        self.calibration = state["calibration"]
+
+    def _finite(self, loss: Tensor) -> bool:
+        mapping = [p for p in self.field.bijection.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(mapping, self.config.optim.clip or float("inf"))
+        return bool(torch.isfinite(loss) & torch.isfinite(norm))
+
+    def _roll_back(self) -> None:
+        """Return to the last good state with half the learning rate."""
+        rollbacks, rate = self.rollbacks + 1, self.rate / 2
+        log.warning("loss is not finite at step %d: back to the last good state", self.step)
+        self._restore(self._good)
+        self.rollbacks, self.rate = rollbacks, rate
+        # Else the same draw would come again.
+        self.generator.manual_seed(self.config.seed + 1000003 * rollbacks)
+
+    def _stalled(self) -> bool:
+        """No held-out improvement above 1 % over the last `patience` evaluations."""
+        patience = self.config.optim.patience
+        if patience <= 0 or len(self.history) <= patience:
+            return False
+        means = [entry["mean"] for entry in self.history]
+        return min(means[-patience:]) > 0.99 * min(means[:-patience])
+
+    def _initialize(self) -> None:
+        """Start the global motion and the surface maps from the flows."""
+        motion = global_motion(self.store, self.config.flow.cycle_threshold)
+        with torch.no_grad():
+            if self.field.motion is not None:
+                self.field.motion.matrices.copy_(torch.from_numpy(motion))
+            if self.field.surface is not None:
+                cells = self.config.model.surface
+                depth = surface_depth(self.store, motion, cells)
+                self.field.surface.depth.copy_(torch.from_numpy(depth))
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        field, optim = self.field, self.config.optim
+        code = list(field.bijection.code.parameters())
+        known = {id(p) for p in code}
+        groups = {
+            "mapping": [p for p in field.bijection.parameters() if id(p) not in known],
+            "code": code,
+            "canonical": list(field.volume.parameters()),
+            "surface": list(field.surface.parameters()) if field.surface is not None else [],
+            "motion": list(field.motion.parameters()) if field.motion is not None else [],
+        }
+        return torch.optim.Adam(
+            [
+                {"params": parameters, "name": name, "base": getattr(optim, f"lr_{name}")}
+                for name, parameters in groups.items()
+                if parameters
+            ],
+            betas=optim.betas,
+            fused=True,
+        )
+
+
+class _stop_signals:
+    """While active, SIGINT and SIGTERM ask the loop to save and stop after the current step."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.previous = trainer, {}
+
+    def __enter__(self) -> None:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        except ValueError:
+            log.debug("not in the main thread: signals keep their handlers")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.trainer._stop_signal = number

@@ -1,0 +1,120 @@
+"""Dense flow without any weights: OpenCV's DIS, chosen photometrically, then refined.
+
+The constants were selected by measurement (docs/method.md). Refinement takes two thirds of the
+time; it is what fills textureless areas. Composed starts are what makes far flows usable.
+"""
+
+import cv2
+import numpy as np
+
+from preprocess.warp import sample
+
+__all__ = ["DisFlow"]
+
+_NEAR_SCALES = (0.25, 0.31, 0.38, 0.46, 0.57, 0.7, 0.85, 1.0)
+_FAR_SCALES = (0.5, 0.6, 0.7, 0.85, 1.0)
+_SMALLEST_SIDE = 32  # DIS refuses less than about 12 pixels, and the coarsest scale is a quarter
+_PLAIN_HANDICAP = 2.0  # grey levels by which unguided search must win over the guided one
+
+
+class DisFlow:
+    """Flow by dense inverse search plus variational refinement (a `FlowProvider`).
+
+    Sources: Kroeger et al., Fast Optical Flow using Dense Inverse Search, ECCV 2016; Brox et al.,
+    High Accuracy Optical Flow Estimation Based on a Theory for Warping, ECCV 2004.
+
+    Args:
+        refine: whether to run the variational refinement.
+        workers: number of `estimate` calls the caller may run at the same time.
+    """
+
+    def __init__(self, refine: bool = True, workers: int = 1):
+        self.name = "dis-refined" if refine else "dis"
+        self.workers = workers
+        self._refine = refine
+
+    def estimate(
+        self, image1: np.ndarray, image2: np.ndarray, start: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Flow `(h, w, 2)` float32 pixels from `image1` to `image2`, both `(h, w, 3)` uint8 RGB.
+
+        Args:
+            image1: source frame.
+            image2: target frame.
+            start: `(h, w, 2)` first guess in pixels for distant frames, None for adjacent ones.
+        """
+        height, width = image1.shape[:2]
+        pad = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
+        gray1, gray2 = (_pad(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), pad) for i in (image1, image2))
+        flow = _search(gray1, gray2)
+        if start is not None:
+            start = _pad(start, pad)
+            guided = _search(gray1, gray2, start.copy())
+            flow = _most_alike(gray1, gray2, [flow, guided, start])
+        if self._refine:
+            flow = _refine(gray1, gray2, flow, _NEAR_SCALES if start is None else _FAR_SCALES)
+        return np.ascontiguousarray(flow[:height, :width])
+
+
+def _search(gray1, gray2, start=None):
+    # A new object each time: after a guided search OpenCV's object keeps its start for the plain
+    # ones that follow, and crashes when their size differs.
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search.setFinestScale(0)
+    return _finite(search.calc(gray1, gray2, start))
+
+
+def _refine(gray1, gray2, flow, scales):
+    size = np.array(gray1.shape[::-1])
+    smooth1, smooth2 = (
+        cv2.GaussianBlur(gray.astype(np.float32) / 255, (0, 0), 0.6) for gray in (gray1, gray2)
+    )
+    for scale in scales:
+        level = tuple(np.rint(size * scale).astype(int).tolist())
+        small1, small2 = (
+            cv2.resize(image, level, interpolation=cv2.INTER_AREA) for image in (smooth1, smooth2)
+        )
+        flow = _variational_solver().calc(small1, small2, _resize_flow(flow, level))
+        flow = cv2.merge([cv2.medianBlur(channel, 3) for channel in cv2.split(_finite(flow))])
+    return flow
+
+
+def _variational_solver():
+    solver = cv2.VariationalRefinement_create()
+    solver.setFixedPointIterations(5)
+    solver.setSorIterations(25)
+    solver.setAlpha(3)
+    solver.setDelta(0.5)
+    solver.setGamma(5)
+    solver.setOmega(1.6)
+    return solver
+
+
+def _resize_flow(flow, level):
+    """A copy of `flow` at the size `level` (w, h), with its lengths scaled along."""
+    size = flow.shape[1::-1]
+    if size == level:
+        return flow.copy()
+    method = cv2.INTER_AREA if level[0] < size[0] else cv2.INTER_LINEAR
+    ratio = (np.array(level) / np.array(size)).astype(np.float32)
+    return cv2.resize(flow, level, interpolation=method) * ratio
+
+
+def _most_alike(gray1, gray2, flows):
+    """Per pixel the flow whose target looks most like the source; the first is handicapped."""
+    costs = [
+        cv2.GaussianBlur(cv2.absdiff(gray1, sample(gray2, flow)).astype(np.float32), (0, 0), 2)
+        for flow in flows
+    ]
+    costs[0] += _PLAIN_HANDICAP
+    return np.choose(np.argmin(costs, axis=0)[..., None], flows)
+
+
+def _pad(array, pad):
+    if pad == (0, 0):
+        return array
+    return cv2.copyMakeBorder(array, 0, pad[0], 0, pad[1], cv2.BORDER_REPLICATE)
+
+
+def _finite(flow):
+    return np.nan_to_num(flow, copy=False, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,63 @@
+"""Running the independent items of a stage on threads, so that it can stop at any moment."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import cv2
+from tqdm import tqdm
+
+from omni.store import Stage
+
+__all__ = ["progress_bar", "run_items", "single_threaded_opencv", "worker_count"]
+
+_FLUSH_SECONDS = 10.0
+
+
+def worker_count(workers: int) -> int:
+    """Number of threads: `workers`, or one per core that this process may use when it is 0."""
+    if workers > 0:
+        return workers
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def progress_bar(title: str, total: int, done: int, show: bool) -> tqdm:
+    """A progress bar that only appears on a terminal, so that logs stay clean."""
+    return tqdm(desc=title, total=total, initial=done, disable=None if show else True, leave=True)
+
+
+def run_items(
+    stage: Stage, levels: Sequence[Sequence[int]], work: Callable, workers: int, bar: tqdm
+) -> None:
+    """Call `work(item)` for every unfinished item, level after level, and mark each as done.
+
+    Within a level the order is free; a level starts when the one before it is finished.
+    """
+    pool = ThreadPoolExecutor(workers)
+    flushed = time.monotonic()
+    try:
+        with single_threaded_opencv():
+            for level in levels:
+                pending = [item for item in level if not stage.done[item]]
+                for item, _ in zip(pending, pool.map(work, pending), strict=True):
+                    stage.mark(item)
+                    bar.update()
+                    if time.monotonic() - flushed > _FLUSH_SECONDS:
+                        stage.flush()
+                        flushed = time.monotonic()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """OpenCV on one thread: DIS splits its work by threads, which changes its result."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models.optical_flow import raft_small
+
+from omni.config import FlowConfig
+from omni.errors import OmniError
+from preprocess.flow import accepts, resolve_provider
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return raft_small(weights=None).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def small_raft(weights):
+    return resolve_provider(FlowConfig("raft", weights=str(weights), raft="small"), "cpu")
+
+
+def images(size):
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+
+
+def test_split_network_equals_torchvision_forward(network, weights):
+    first, second = images((128, 136))
+    batches = (torch.from_numpy(i).movedim(-1, 0)[None] / 127.5 - 1 for i in (first, second))
+    with torch.no_grad():
+        expected = network(*batches, num_flow_updates=20)[-1][0].movedim(0, -1).numpy()
+    provider = small_raft(weights)
+    np.testing.assert_allclose(provider.estimate(first, second), expected, atol=1e-3)
+    again = provider.estimate(first, second)  # from cached features
+    np.testing.assert_allclose(again, expected, atol=1e-3)
+
+
+def test_warm_start_enters_the_result_in_full_resolution_pixels(weights):
+    """Random weights change the flow little, so that the start shows."""
+    first, second = images((128, 128))
+    provider = small_raft(weights)
+    start = np.broadcast_to(np.float32([16, -8]), (128, 128, 2)).copy()
+    moved = provider.estimate(first, second, start) - provider.estimate(first, second)
+    np.testing.assert_allclose(np.median(moved, axis=(0, 1)), [16, -8], atol=4)
+
+
+def test_small_and_odd_sizes_are_padded(weights):
+    flow = small_raft(weights).estimate(*images((50, 67)), np.zeros((50, 67, 2), np.float32))
+    assert flow.shape == (50, 67, 2) and flow.dtype == np.float32
+
+
+def test_safetensors_hold_the_same_weights(network, weights, tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_file(network.state_dict(), path)
+    pair = images((128, 128))
+    np.testing.assert_array_equal(
+        small_raft(path).estimate(*pair), small_raft(weights).estimate(*pair)
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_weights_are_named(tmp_path, content, suffix):
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(OmniError, match="bad.*RAFT-small"):
+        small_raft(path)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"layer": torch.zeros(3)}, path)
+    with pytest.raises(OmniError, match="does not hold"):
+        small_raft(path)
+
+
+def test_missing_weights_file_is_named(tmp_path):
+    with pytest.raises(OmniError, match="nowhere.pth is not a file"):
+        small_raft(tmp_path / "nowhere.pth")
+
+
+def test_without_weights_or_network_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(OmniError, match="flow.provider=dis"):
+        resolve_provider(FlowConfig("raft"), "cpu")
+
+
+def test_auto_takes_dis_on_a_cpu(weights):
+    provider = resolve_provider(FlowConfig("auto", weights=str(weights), raft="small"), "cpu")
+    assert provider.name == "dis-refined"
+
+
+def test_auto_keeps_finished_flow_of_either_kind():
+    assert accepts(FlowConfig("auto"), "raft-large-0123abcd")
+    assert accepts(FlowConfig("auto"), "dis-refined")
+    assert not accepts(FlowConfig("auto", refine=False), "dis-refined")
+    assert not accepts(FlowConfig("auto", raft="small"), "raft-large-0123abcd")
+    assert not accepts(FlowConfig("dis"), "raft-large-0123abcd")
+    assert not accepts(FlowConfig("raft"), "dis-refined")
