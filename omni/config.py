@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -365,16 +366,20 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return tuple(_coerce(v, t, where) for v, t in zip(value, inner, strict=True))
     if isinstance(hint, types.UnionType) or dataclasses.is_dataclass(hint):
         raise OmniError(f"{where} must be a mapping of keys, not {value!r}")
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is int and isinstance(value, int | float) and not isinstance(value, bool):
-        if int(value) == value:
-            return int(value)
+    if hint in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
+        number = _finite(value)
+        if number is not None and (hint is float or number == int(number)):
+            return value if type(value) is hint else hint(number)
     if hint is bool and isinstance(value, bool):
         return value
     if hint is str and isinstance(value, str):
         return value
     raise OmniError(f"{where} must be of type {hint.__name__}, not {value!r}")
+
+
+def _finite(value: int | float | str) -> float | None:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

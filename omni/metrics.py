@@ -27,6 +27,7 @@ __all__ = [
     "Mode",
     "delta",
     "evaluate",
+    "format_scores",
     "jaccard",
     "occlusion_accuracy",
     "queries",
@@ -120,6 +121,23 @@ def queries(truth: Truth, mode: Mode) -> Truth:
         annotated=truth.annotated[row],
         query_points=np.column_stack([frame, xy[:, 1], xy[:, 0]]).astype(np.float32),
     )
+
+
+def format_scores(scores: dict) -> str:
+    """Lay out what `evaluate` returns as a table to read; shares in percent, TC in pixels."""
+    names = ("AJ", "delta_avg", "OA", "TC", "delta_seg", "delta_3px")
+    values = [_percent(scores[name]) for name in names]
+    values[3] = _text(scores["TC"], 2)
+    rows = [["", *names], ["", *values], ["within px", *DISTANCES]]
+    for part in ("delta", "jaccard"):
+        rows.append([part, *(_percent(scores[f"{part}_{d}"]) for d in DISTANCES)])
+    lines = [f"mode {scores['mode']}: {scores['queries']} queries, {scores['scored']} entries"]
+    lines += ["".join(f"{_text(cell):>11}" for cell in row).rstrip() for row in rows]
+    sigma, seen = scores["sigma"], scores["visibility"] or {"brier": None, "ece": None}
+    shares = [_text(_percent(sigma[name])) for name in ("within_1", "within_2")]
+    lines.append(f"sigma: {shares[0]} % within 1 (68 expected), {shares[1]} % within 2 (95)")
+    lines.append(f"visibility: Brier {_text(seen['brier'], 3)}, ECE {_text(seen['ece'], 3)}")
+    return "\n".join(lines)
 
 
 def scored_frames(query_points: np.ndarray, num_frames: int, mode: Mode) -> np.ndarray:
@@ -253,9 +271,10 @@ def _check(prediction: Tracks, truth: Truth, mode: str) -> None:
         same = np.allclose(xy, expected[:, :0:-1], rtol=0, atol=_TOLERANCE)
         same = same and np.array_equal(np.rint(points[:, 0]), np.rint(expected[:, 0]))
     if not same:
+        source = f"omni.metrics.queries(truth, {mode!r})"
         raise OmniError(
             f"the prediction's {len(points)} query_points are not the {len(expected)} queries "
-            f"of mode {mode!r}: track those of omni.metrics.queries(truth, {mode!r})"
+            f"of mode {mode!r}: track those of {'the truth' if mode == 'given' else source}"
         )
     if not np.isfinite(prediction.tracks).all():
         raise OmniError(
@@ -280,3 +299,13 @@ def _mean(values: np.ndarray) -> float | None:
 def _average(parts: dict[str, float | None]) -> float | None:
     values = list(parts.values())
     return None if None in values else float(np.mean(values))
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _text(value: float | str | None, digits: int = 1) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""From a fitted field to trajectories: chunked, bounded memory, any query at any time.
+"""From a run to trajectories: chunked, bounded memory, any query at any time.
 
 Letters: N points, T times, S samples per ray.
 """
@@ -18,43 +18,39 @@ from omni.coords import (
     rescale,
 )
 from omni.errors import OmniError
+from omni.fusion import Witness, settle
+from omni.integration import integrate
+from omni.links import Links
 from omni.model import Field
+from omni.store import Store
 from omni.tracks import Tracks
 
-__all__ = ["FieldReader"]
+__all__ = ["Reader"]
+
+VISIBLE = 0.5
+"""Probability from which a point is called visible."""
 
 
-class FieldReader:
-    """Answers queries from a fitted field.
+class Reader:
+    """Answers queries from a run's flows and, once fitted, its field.
 
     Args:
-        field: fitted, on its device.
-        size: (h, w) processing size the field was fitted at.
-        video_size: (H, W) of the original video.
-        fps: of the processed frames.
-        calibration: `floor` and `slope` of sigma, processing pixels (see `Trainer.calibrate`).
-        chunk: rays evaluated at once.
+        store: finished preprocessing.
+        field: fitted, on its device; None reads the chains of flows alone.
+        chunk: points or rays handled at once.
     """
 
-    def __init__(
-        self,
-        field: Field,
-        size: tuple[int, int],
-        video_size: tuple[int, int],
-        fps: float,
-        calibration: dict[str, float],
-        chunk: int,
-    ):
-        self.field = field.eval()
-        self.size, self.video_size, self.fps = size, video_size, fps
-        self.calibration, self.chunk = calibration, chunk
-        self.device = next(field.parameters()).device
+    def __init__(self, store: Store, field: Field | None, chunk: int):
+        self.links, self.field, self.chunk = Links(store), field, chunk
+        self.size, self.video_size, self.fps = store.size, store.video_size, store.fps
+        self.num_frames = store.num_frames
+        self.device = torch.device("cpu") if field is None else next(field.parameters()).device
 
     def tracks(
         self,
         query_points: np.ndarray,
         times: np.ndarray | None = None,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], object] = lambda done: None,
     ) -> Tracks:
         """Trajectories of points, forward and backward from their query time.
 
@@ -67,21 +63,19 @@ class FieldReader:
             OmniError: a query outside the video's time range or frame.
         """
         points = self._checked(query_points)
-        if times is None:
-            times = np.arange(self.field.num_frames)
-        times = np.asarray(times, dtype=np.float32)
+        times = np.arange(self.num_frames) if times is None else np.asarray(times, np.float64)
         shape = (len(points), len(times))
         xy = np.empty((*shape, 2), np.float32)
         visibility, sigma = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        for index in _same_time(points[:, 0], max(1, self.chunk // 4)):
-            xy[index], visibility[index] = self._follow(points[index], times)
-            sigma[index] = self._sigma(np.abs(times - points[index[0], 0]))
-            progress(len(index))
+        for start in range(0, len(points), self.chunk):
+            rows = slice(start, start + self.chunk)
+            xy[rows], sigma[rows], visibility[rows] = self._settle(points[rows], times)
+            progress(len(points[rows]))
         return Tracks(
             tracks=rescale(xy, self.size, self.video_size),
-            visible=visibility > 0.5,
+            visible=visibility > VISIBLE,
             visibility=visibility,
-            sigma=sigma * self.video_size[0] / self.size[0],
+            sigma=sigma * np.float32(self.video_size[0] / self.size[0]),
             query_points=points,
             size=self.video_size,
             fps=self.fps,
@@ -90,6 +84,43 @@ class FieldReader:
     def dense(self, frame: float, stride: int = 1, times: np.ndarray | None = None) -> Tracks:
         """Trajectories of every `stride`-th pixel of a frame, row by row of the strided grid."""
         return self.tracks(grid_queries(self.video_size, frame, stride), times)
+
+    @torch.no_grad()
+    def follow(self, query_points: np.ndarray, times: np.ndarray) -> Witness:
+        """What the field alone says: positions in processing pixels, and visibility.
+
+        Args:
+            query_points: (N, 3) t, y, x in original pixels.
+            times: (T,) times in frames.
+        """
+        shape = (len(query_points), len(times))
+        witness = Witness(np.empty((*shape, 2), np.float32), np.empty(shape, np.float32))
+        for index in _same_time(query_points[:, 0], max(1, self.chunk // 4)):
+            witness.xy[index], witness.visibility[index] = self._follow(query_points[index], times)
+        return witness
+
+    def _settle(self, points: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Positions, sigma and visibility of a chunk at real times, processing pixels."""
+        frames = np.rint(points[:, 0]).astype(int)
+        every = np.arange(self.num_frames)
+        xy = rescale(points[:, :0:-1], self.video_size, self.size).astype(np.float32)
+        witness = None
+        if self.field is not None:
+            witness = self.follow(points, every)
+            between = points[:, 0] != frames
+            xy[between] = witness.xy[between, frames[between]]
+        curves, sigma, visibility = settle(
+            integrate(self.links, frames, xy), frames, self.size, witness
+        )
+        before = np.clip(np.floor(times).astype(int), 0, max(self.num_frames - 2, 0))
+        share = np.clip(times - before, 0, 1)
+        positions = curves.at(times)
+        inbounds = inside(positions, self.size)
+
+        def blend(values: np.ndarray) -> np.ndarray:
+            return (1 - share) * values[:, before] + share * values[:, before + 1]
+
+        return positions, blend(sigma), blend(visibility) * inbounds
 
     @torch.no_grad()
     def render(self, time: float, short_side: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +145,10 @@ class FieldReader:
         """Positions `(n, T, 2)` in processing pixels and visibility `(n, T)`; one query time."""
         xy = rescale(points[:, :0:-1], self.video_size, self.size)
         xy = normalize(torch.from_numpy(np.ascontiguousarray(xy)), self.size).to(self.device)
-        rays = self.field.cast(torch.tensor([points[0, 0]], device=self.device), xy[None])
+        rays = self.field.cast(torch.tensor([float(points[0, 0])], device=self.device), xy[None])
+        moments = torch.as_tensor(times, dtype=torch.float32, device=self.device)
         positions, visibility = [], []
-        for part in torch.from_numpy(times).to(self.device).split(max(1, self.chunk // len(xy))):
+        for part in moments.split(max(1, self.chunk // len(xy))):
             count = len(part)
             shared = type(rays)(
                 *(v.expand(count, *v.shape[1:]) for v in (rays.canonical, rays.depth)),
@@ -133,14 +165,11 @@ class FieldReader:
             visibility.append(chance.T.cpu().numpy())
         return np.concatenate(positions, axis=1), np.concatenate(visibility, axis=1)
 
-    def _sigma(self, gap: np.ndarray) -> np.ndarray:
-        return self.calibration["floor"] + self.calibration["slope"] * np.sqrt(gap)
-
     def _checked(self, query_points: np.ndarray) -> np.ndarray:
         points = np.asarray(query_points, dtype=np.float32)
         if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
             raise OmniError(f"queries must be finite numbers (N, 3) t y x, got {points.shape}")
-        late = (points[:, 0] < 0) | (points[:, 0] > self.field.num_frames - 1)
+        late = (points[:, 0] < 0) | (points[:, 0] > self.num_frames - 1)
         outside = ~inside(points[:, :0:-1], self.video_size)
         for wrong, what in ((late, "time"), (outside, "frame")):
             if wrong.any():
@@ -148,7 +177,7 @@ class FieldReader:
                 height, width = self.video_size
                 raise OmniError(
                     f"query {which} {points[which].tolist()} (t, y, x) lies outside the {what}: "
-                    f"the video has frames 0 to {self.field.num_frames - 1} of {width}x{height}"
+                    f"the video has frames 0 to {self.num_frames - 1} of {width}x{height}"
                 )
         return points
 

@@ -26,13 +26,14 @@ from omni.config import Config, apply, load_config, to_yaml
 from omni.coords import grid_queries
 from omni.errors import OmniError
 from omni.model import Field
-from omni.readout import FieldReader
+from omni.overlay import draw_tracks
+from omni.readout import Reader
 from omni.store import Store, write_atomic
 from omni.summaries import Summaries
 from omni.tracks import Tracks, load_queries
 from omni.trainer import Trainer, fit_key
 from omni.video import write_video
-from omni.viz import depth_to_image, draw_tracks
+from omni.viz import depth_to_image
 
 __all__ = [
     "Run",
@@ -114,14 +115,14 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     checkpoint = run / "checkpoint.pt"
-    if _finished_fit(checkpoint, fit_key(store, settings)):
+    step, finished = _progress(checkpoint, fit_key(store, settings))
+    if finished:
         log.info("the fit is finished")
         return
     write_atomic(run / "config.yaml", to_yaml(settings).encode())
-    with _timed(run, "fit") as record, Summaries(run / "tensorboard", settings) as summaries:
-        trainer = Trainer(
-            store, settings, checkpoint, device, summaries.scalars, summaries.images
-        )
+    events = run / "tensorboard"
+    with _timed(run, "fit") as record, Summaries(events, settings, step) as summaries:
+        trainer = Trainer(store, settings, checkpoint, device, summaries.scalars, summaries.images)
         trainer.run()
         record["steps"] = trainer.step
         record["held_out"] = trainer.history
@@ -157,7 +158,8 @@ def export(
             _export_dense(opened, path, frame, grid or 1, times)
             return
         if queries is None:
-            queries = grid_queries(opened.store.video_size, frame, grid or opened.config.output.grid)
+            stride = grid or opened.config.output.grid
+            queries = grid_queries(opened.store.video_size, frame, stride)
         elif not isinstance(queries, np.ndarray):
             queries = load_queries(queries)
         with tqdm(total=len(queries), desc="export", unit="track", disable=None) as bar:
@@ -198,7 +200,9 @@ def visualize(run: Path | str) -> None:
             colors.append((color * 255).round().astype(np.uint8))
             depths.append(depth)
         write_video(run / "color.mp4", iter(colors), store.fps / step)
-        write_video(run / "depth.mp4", iter(depth_to_image(np.stack(depths))), store.fps / step)
+        # As one tall picture, so that all frames share one colour scale.
+        painted = depth_to_image(np.concatenate(depths)).reshape(len(depths), *colors[0].shape)
+        write_video(run / "depth.mp4", iter(painted), store.fps / step)
         with Summaries(run / "tensorboard", opened.config) as summaries:
             summaries.results(opened.steps, store, shown, opened.report)
 
@@ -222,14 +226,7 @@ class Run:
         self.steps: int = state["step"]
         field = Field(state["num_frames"], self.config.model, self.config.render)
         field.load_state_dict(state["field"])
-        self.reader = FieldReader(
-            field.to(target),
-            self.store.size,
-            self.store.video_size,
-            self.store.fps,
-            state["calibration"] or {"floor": 1.0, "slope": 0.0},
-            self.config.output.chunk,
-        )
+        self.reader = Reader(self.store, field.to(target).eval(), self.config.output.chunk)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -237,7 +234,7 @@ class Run:
         return _read_report(self.folder)
 
     def tracks(self, query_points: np.ndarray, times: np.ndarray | None = None) -> Tracks:
-        """Trajectories of `(N, 3)` queries `(t, y, x)`; see `FieldReader.tracks`."""
+        """Trajectories of `(N, 3)` queries `(t, y, x)`; see `Reader.tracks`."""
         return self.reader.tracks(query_points, times)
 
     def dense(self, frame: float = 0, stride: int = 1) -> Tracks:
@@ -282,7 +279,9 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise OmniError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OmniError("no CUDA device is available: use --set device=cpu, or a CUDA build of torch")
+        raise OmniError(
+            "no CUDA device is available: use --set device=cpu, or a CUDA build of torch"
+        )
     return device
 
 
@@ -297,14 +296,15 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _finished_fit(checkpoint: Path, key: str) -> bool:
+def _progress(checkpoint: Path, key: str) -> tuple[int, bool]:
+    """Step a fit of this key has reached, and whether it is finished."""
     if not checkpoint.is_file():
-        return False
+        return 0, False
     try:
         state = load_checkpoint(checkpoint)
     except OmniError:
-        return False
-    return state["key"] == key and state["finished"]
+        return 0, False
+    return (state["step"], state["finished"]) if state["key"] == key else (0, False)
 
 
 def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:

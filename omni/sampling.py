@@ -106,7 +106,8 @@ class CorrespondenceSampler:
         if weights.sum() == 0:
             weights = torch.ones(len(self.pairs), dtype=torch.double)
         k = torch.multinomial(weights, rows, replacement=True, generator=generator)
-        over = 4 * int(points / max(self.config.held_out, 1e-3))
+        share = self.config.held_out
+        over = 4 * int(points / max(share, 1e-3)) if share else points
         x = torch.randint(self.width, (rows, over), generator=generator).to(self.device)
         y = torch.randint(self.height, (rows, over), generator=generator).to(self.device)
         k = k.to(self.device)

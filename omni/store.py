@@ -60,7 +60,7 @@ def decode_flow(code: np.ndarray) -> np.ndarray:
 class Evidence:
     """What the checks say about each pixel of a flow; arrays of one shape.
 
-    error: forward-backward error in pixels (saturates at 8.2).
+    error: forward-backward error in pixels (saturates at 9.3).
     occluded: the first cycle fails, the second closes, the target lies inside: the point is
         hidden in the target frame and the flow still plausible (OmniMotion's double cycle).
     valid: the target lies inside the frame, on the same side of every cut, on the same mask label.
@@ -78,8 +78,10 @@ def pack_evidence(evidence: Evidence) -> np.ndarray:
     """
     code = np.rint(_LEVELS * np.log2(1 + 4 * np.maximum(evidence.error, 0)))
     code = np.minimum(np.nan_to_num(code, nan=_ERROR_BITS), _ERROR_BITS).astype(np.uint8)
-    return code | (evidence.occluded * np.uint8(_OCCLUDED_BIT)) | (
-        evidence.valid * np.uint8(_VALID_BIT)
+    return (
+        code
+        | (evidence.occluded * np.uint8(_OCCLUDED_BIT))
+        | (evidence.valid * np.uint8(_VALID_BIT))
     )
 
 
@@ -178,9 +180,7 @@ class Store:
         self._arrays: dict[str, np.ndarray] = {}
         path = self.run / "manifest.json"
         self.manifest = _read_json(path) if path.exists() else _empty_manifest()
-        if not isinstance(self.manifest, dict) or not isinstance(
-            self.manifest.get("stages"), dict
-        ):
+        if not isinstance(self.manifest, dict) or not isinstance(self.manifest.get("stages"), dict):
             raise OmniError(
                 f"{path} is damaged: delete it and run `omni optimize` again to rebuild the store"
             )
@@ -207,8 +207,7 @@ class Store:
         if record is None or (key is not None and record["key"] != key):
             return False
         return all(
-            (self.folder / name).is_file()
-            and (self.folder / name).stat().st_size == file["bytes"]
+            (self.folder / name).is_file() and (self.folder / name).stat().st_size == file["bytes"]
             for name, file in record["files"].items()
         )
 

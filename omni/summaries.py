@@ -7,15 +7,16 @@ import cv2
 import numpy as np
 import torch
 
-from omni.board import Board
+from omni.board import Board, yaml_markdown
 from omni.config import Config, to_yaml
 from omni.coords import normalize, pixel_centers
 from omni.model import Field
-from omni.readout import FieldReader
+from omni.overlay import draw_tracks
+from omni.readout import Reader
 from omni.store import Store, decode_flow
 from omni.tracks import Tracks
 from omni.trainer import Trainer
-from omni.viz import depth_to_image, draw_tracks, error_to_image, flow_to_image, side_by_side
+from omni.viz import depth_to_image, error_to_image, flow_to_image, side_by_side
 
 __all__ = ["Summaries", "summary_table"]
 
@@ -23,6 +24,9 @@ SIDE = 128
 """Short side of rendered pictures: a look costs about as much as ten steps."""
 
 ANIMATED_TRACKS = 400
+
+DEPTH_EXTENT = 0.5
+"""One depth unit in short sides of the frame, for the 3D view only: depth has no metric."""
 
 
 class Summaries:
@@ -52,9 +56,7 @@ class Summaries:
         """Reconstruction, depth and flow of the middle frame beside what was measured."""
         store, field, step = trainer.store, trainer.field, trainer.step
         frame = store.num_frames // 2
-        reader = FieldReader(field, store.size, store.video_size, store.fps, {}, 8192)
-        color, depth = reader.render(frame, SIDE)
-        field.train()
+        color, depth = Reader(store, field, self.config.output.chunk).render(frame, SIDE)
         size = color.shape[:2]
         observed = _resized(store.frames[frame], size)
         rendered = (255 * color).round().astype(np.uint8)
@@ -65,13 +67,17 @@ class Summaries:
         )
         self.board.image("field/depth", depth_to_image(depth), step)
         self.board.image("field/flow", _flow_picture(field, store, frame, size), step)
+        pixels = pixel_centers(size) * (store.size[0] / size[0])
+        vertices = np.dstack([pixels, depth * DEPTH_EXTENT * min(store.size)])
+        self.board.points("field/surface", vertices.reshape(-1, 3), rendered.reshape(-1, 3), step)
 
     def results(self, step: int, store: Store, tracks: Tracks, report: dict[str, Any]) -> None:
         """Animated tracks, settings and summary of a finished run."""
         every = -(-len(tracks.tracks) // ANIMATED_TRACKS)
         few = tracks.subset(slice(None, None, every))
-        self.board.animation("tracks/animation", draw_tracks(store.frames, few), step, store.fps)
-        self.board.text("run/config", f"```\n{to_yaml(self.config)}\n```", step)
+        drawn = list(draw_tracks(store.frames, few))
+        self.board.animation("tracks/animation", drawn, step, store.fps)
+        self.board.text("run/config", yaml_markdown(to_yaml(self.config)), step)
         self.board.text("run/summary", summary_table(report), step)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -106,7 +107,6 @@ class Trainer:
                 if time.monotonic() - saved > self.config.optim.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-        self.calibration = self.calibrate()
         self.save()
         self.on_images(self)
 
@@ -123,6 +123,7 @@ class Trainer:
         optim = self.config.optim
         terms = self.train_step()
         if terms is None:
+            bar.n = self.step
             return
         self.step += 1
         bar.update()
@@ -136,7 +137,8 @@ class Trainer:
             self.history.append({"step": self.step, **result})
             self.on_scalars(self.step, {f"held_out/{k}": v for k, v in result.items()})
             bar.set_postfix(held_out=f"{result['median']:.2f}px")
-            self._good = self.state()
+            if math.isfinite(result["mean"]):
+                self._good = self.state()
         if self.step % optim.image_every == 0 and not self.finished:
             self.on_images(self)
 
@@ -203,7 +205,7 @@ class Trainer:
         return terms, distance
 
     def _acceleration(self, rays: Rays, times: Tensor) -> Tensor:
-        """Acceleration of a quarter of the points, in the stabilised plane: camera shake is free."""
+        """Of a quarter of the points, in the stabilised plane: camera shake costs nothing."""
         count = max(1, rays.weight.shape[1] // 4)
         points = rendering.composite(rays.weight[:, :count], rays.canonical[:, :count])
         middle = times.clamp(1, self.store.num_frames - 2)
@@ -238,30 +240,6 @@ class Trainer:
             "within_3px": float((distance < 3).float().mean()),
         }
 
-    def calibrate(self) -> dict[str, float]:
-        """Standard deviation per axis as `floor + slope sqrt(gap)`, from held-out residuals.
-
-        Robust (1.4826 times the median absolute residual of each gap), in processing pixels.
-        """
-        residual = self.residuals(self.judged).abs().cpu()
-        keep = self.judged.visible.cpu() > 0
-        gaps = (self.judged.target - self.judged.source).abs().cpu()
-        roots, deviations = [], []
-        for gap in gaps.unique():
-            values = residual[gaps == gap][keep[gaps == gap]]
-            if len(values) > 20:
-                roots.append(float(gap) ** 0.5)
-                deviations.append(1.4826 * float(values.median()))
-        if not roots:
-            return {"floor": 1.0, "slope": 0.0}
-        x = torch.tensor(roots, dtype=torch.float64)
-        y = torch.tensor(deviations, dtype=torch.float64)
-        design = torch.stack([torch.ones_like(x), x], dim=1)
-        slope = 0.0
-        if len(roots) > 1:
-            slope = max(0.0, float(torch.linalg.lstsq(design, y[:, None]).solution[1]))
-        return {"floor": max(0.1, float((y - slope * x).mean())), "slope": slope}
-
     def state(self) -> dict[str, Any]:
         """Everything that decides what happens next, as tensors and plain values."""
         return copy.deepcopy(
@@ -276,7 +254,6 @@ class Trainer:
                 "field": self.field.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "sampler": self.sampler.state_dict(),
-                "calibration": getattr(self, "calibration", {}),
                 "finished": self.finished,
             }
         )
@@ -305,12 +282,16 @@ class Trainer:
         self.sampler.load_state_dict({k: v.cpu() for k, v in state["sampler"].items()})
         self.step, self.history = state["step"], state["history"]
         self.rate, self.rollbacks = state["rate"], state["rollbacks"]
-        self.calibration = state["calibration"]
 
     def _finite(self, loss: Tensor) -> bool:
-        mapping = [p for p in self.field.bijection.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(mapping, self.config.optim.clip or float("inf"))
-        return bool(torch.isfinite(loss) & torch.isfinite(norm))
+        """Whether the loss and every gradient are finite; bounds that of the couplings."""
+        mapping = list(self.field.bijection.parameters())
+        known = {id(p) for p in mapping}
+        others = [p for p in self.field.parameters() if id(p) not in known]
+        clip_grad_norm = torch.nn.utils.clip_grad_norm_
+        norm = clip_grad_norm(mapping, self.config.optim.clip or float("inf"))
+        rest = clip_grad_norm(others, float("inf"))
+        return bool(torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(rest))
 
     def _roll_back(self) -> None:
         """Return to the last good state with half the learning rate."""

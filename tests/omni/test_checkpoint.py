@@ -1,0 +1,100 @@
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from omni.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
+from omni.errors import OmniError
+
+STATE = {"field": {"w": torch.arange(6.0).view(2, 3)}, "step": 7, "history": [{"mean": 0.5}]}
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, STATE)
+    back = load_checkpoint(path)
+    assert torch.equal(back["field"]["w"], STATE["field"]["w"])
+    assert (back["step"], back["history"]) == (7, [{"mean": 0.5}])
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"], "no temporary file is left"
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path):
+    path, marker = tmp_path / "checkpoint.pt", tmp_path / "executed"
+    torch.save({"format_version": FORMAT_VERSION, "field": Evil(marker)}, path)
+    with pytest.raises(OmniError, match="checkpoint.pt"):
+        load_checkpoint(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the file must be dangerous for this test to say anything"
+
+
+def saved_bytes():
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT_VERSION, **STATE}, buffer)
+    return buffer.getvalue()
+
+
+def a_zip_without_a_pickle():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/other", b"x")
+    return buffer.getvalue()
+
+
+def an_array_file():
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80",
+        b"not a checkpoint",
+        bytes(range(256)) * 40,
+        saved_bytes()[:10],
+        saved_bytes()[: len(saved_bytes()) // 2],
+        saved_bytes()[:-1],
+        a_zip_without_a_pickle(),
+        an_array_file(),
+    ],
+    ids=["empty", "byte", "text", "noise", "start", "half", "cut", "zip", "npz"],
+)
+def test_a_damaged_file_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content)
+    with pytest.raises(OmniError, match="checkpoint.pt"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "state", [{"format_version": FORMAT_VERSION + 1}, {"step": 1}, [1, 2], 3.0]
+)
+def test_another_format_is_refused(tmp_path, state):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(state, path)
+    with pytest.raises(OmniError, match="another version"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path):
+    with pytest.raises(OmniError, match="does not exist: run"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
+    with pytest.raises(OmniError, match="cannot write"):
+        save_checkpoint(tmp_path / "no" / "folder" / "checkpoint.pt", STATE)

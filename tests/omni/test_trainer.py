@@ -1,0 +1,233 @@
+import logging
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from omni.checkpoint import load_checkpoint
+from omni.readout import Reader
+from omni.trainer import Trainer, fit_key
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_config(small_config):
+    """Enough to test the loop, whatever it learns."""
+    return replace(
+        small_config,
+        model=replace(small_config.model, couplings=2, hidden=8, grid_levels=2, grid_log2_size=10),
+        render=replace(small_config.render, samples=2),
+        sampling=replace(small_config.sampling, pairs=4, points=8),
+    )
+
+
+def trainer(store, config, path, **optim):
+    """A trainer whose settings in `optim` are changed."""
+    return Trainer(store, replace(config, optim=replace(config.optim, **optim)), path, CPU)
+
+
+def at_step(step, action):
+    """A scalar callback that acts once, when `step` is first reached."""
+    pending = [action]
+
+    def callback(now, values):
+        if now == step and pending:
+            pending.pop()()
+
+    return callback
+
+
+def differences(a, b):
+    """Names of the entries in which two nested states differ, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [""]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [f"{key}.{name}" for key in a for name in differences(a[key], b[key])]
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        return [f"{i}.{name}" for i in range(len(a)) for name in differences(a[i], b[i])]
+    return [] if a == b else [""]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_store, tiny_config, tmp_path_factory):
+    """The state after 20 steps without a break."""
+    path = tmp_path_factory.mktemp("uninterrupted") / "checkpoint.pt"
+    run = trainer(small_store, tiny_config, path, steps=20, evaluate_every=8, log_every=1)
+    run.run()
+    return load_checkpoint(path)
+
+
+def test_fitting_lowers_the_loss_and_the_held_out_error(fitted):
+    """The background is explained from the start; the square is what is left to learn."""
+    losses = [values["loss/total"] for _, values in fitted.scalars if "loss/total" in values]
+    assert sum(losses[-3:]) < 0.2 * sum(losses[:2])
+    assert fitted.before["mean"] > 0.5
+    assert fitted.trainer.history[-1]["mean"] < 0.2 * fitted.before["mean"]
+    assert [entry["step"] for entry in fitted.trainer.history] == [50, 100, 150]
+
+
+def test_every_weighted_loss_term_is_reported(fitted):
+    _, values = fitted.scalars[0]
+    terms = {"flow", "surface", "photometric", "acceleration", "distortion", "depth_range"}
+    assert {f"loss/{name}" for name in terms | {"total"}} <= values.keys()
+    assert {"lr/mapping", "lr/motion"} <= values.keys()
+
+
+def test_a_fit_without_a_break_repeats_bit_for_bit(
+    small_store, tiny_config, tmp_path, uninterrupted
+):
+    path = tmp_path / "checkpoint.pt"
+    trainer(small_store, tiny_config, path, steps=20, evaluate_every=8, log_every=1).run()
+    assert differences(load_checkpoint(path), uninterrupted) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_stopped_and_resumed_fit_equals_an_uninterrupted_one_bit_for_bit(
+    small_store, tiny_config, tmp_path, uninterrupted, number, step
+):
+    path = tmp_path / "checkpoint.pt"
+    settings = dict(steps=20, evaluate_every=8, log_every=1)
+    first = trainer(small_store, tiny_config, path, **settings)
+    first.on_scalars = at_step(step, lambda: os.kill(os.getpid(), number))
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert signal.getsignal(number) is handler, "the previous handler is back"
+    assert step <= load_checkpoint(path)["step"] <= step + 1
+    second = trainer(small_store, tiny_config, path, **settings)
+    second.run()
+    assert differences(load_checkpoint(path), uninterrupted) == []
+
+
+def test_a_finished_fit_is_not_done_again(small_store, tiny_config, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    trainer(small_store, tiny_config, path, steps=3).run()
+    written = path.stat().st_mtime_ns
+    again = trainer(small_store, tiny_config, path, steps=3)
+    again.run()
+    assert again.step == 3 and path.stat().st_mtime_ns == written
+
+
+def test_other_settings_start_the_fit_anew(small_store, tiny_config, tmp_path, caplog):
+    path = tmp_path / "checkpoint.pt"
+    trainer(small_store, tiny_config, path, steps=3).run()
+    other = trainer(small_store, tiny_config, path, steps=2)
+    with caplog.at_level(logging.WARNING, "omni"):
+        other.run()
+    assert other.step == 2 and "starting it anew" in caplog.text
+
+
+def test_the_key_ignores_what_cannot_change_the_result(small_store, tiny_config):
+    key = fit_key(small_store, tiny_config)
+    same = replace(tiny_config, threads=3, optim=replace(tiny_config.optim, log_every=7))
+    assert fit_key(small_store, same) == key
+    for other in (
+        replace(tiny_config, seed=1),
+        replace(tiny_config, model=replace(tiny_config.model, hidden=33)),
+        replace(tiny_config, flow=replace(tiny_config.flow, cycle_threshold=2.0)),
+    ):
+        assert fit_key(small_store, other) != key
+
+
+def test_a_damaged_checkpoint_is_replaced_by_a_new_fit(small_store, tiny_config, tmp_path, caplog):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"cut short")
+    with caplog.at_level(logging.WARNING, "omni"):
+        trainer(small_store, tiny_config, path, steps=2).run()
+    assert load_checkpoint(path)["step"] == 2 and "damaged" in caplog.text
+
+
+def poison(run, name):
+    def action():
+        with torch.no_grad():
+            run.field.get_parameter(name).view(-1)[0] = float("nan")
+
+    return action
+
+
+@pytest.mark.parametrize("step", [7, 8], ids=["between evaluations", "just before one"])
+@pytest.mark.parametrize("name", ["motion.matrices", "volume.network.0.weight"])
+def test_a_non_finite_loss_rolls_back_lowers_the_rate_and_goes_on(
+    small_store, tiny_config, tmp_path, caplog, name, step
+):
+    path = tmp_path / "checkpoint.pt"
+    run = trainer(small_store, tiny_config, path, steps=24, evaluate_every=8, log_every=1)
+    run.on_scalars = at_step(step, poison(run, name))
+    with caplog.at_level(logging.WARNING, "omni"):
+        run.run()
+    assert caplog.text.count("not finite") == 1
+    state = load_checkpoint(path)
+    assert (state["step"], state["rollbacks"], state["rate"]) == (24, 1, 0.5)
+    assert all(torch.isfinite(value).all() for value in state["field"].values())
+    assert [entry["step"] for entry in state["history"]] == [8, 16, 24]
+    assert state["history"][-1]["mean"] < state["history"][0]["mean"] + 0.1
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(
+    small_store, tiny_config, tmp_path, caplog
+):
+    """Also where the loss and the gradients of the couplings are finite."""
+    run = trainer(small_store, tiny_config, tmp_path / "c.pt", steps=6, evaluate_every=3)
+    calls = []
+
+    def spoil(gradient):
+        calls.append(1)
+        return gradient * float("nan") if len(calls) == 3 else gradient
+
+    run.field.volume.network[2].bias.register_hook(spoil)
+    with caplog.at_level(logging.WARNING, "omni"):
+        run.run()
+    assert "not finite at step 2:" in caplog.text and run.rollbacks == 1 and run.step == 6
+
+
+def test_a_fit_that_never_becomes_finite_ends(small_store, tiny_config, tmp_path):
+    run = trainer(small_store, tiny_config, tmp_path / "c.pt", steps=30, log_every=1)
+    run.on_scalars = lambda step, values: poison(run, "motion.matrices")()
+    run.run()
+    assert run.finished and run.rollbacks > 1
+    assert all(torch.isfinite(p).all() for p in run.field.parameters())
+
+
+def test_patience_stops_a_fit_that_no_longer_improves(small_store, tiny_config, tmp_path):
+    still = dict(lr_mapping=0.0, lr_code=0.0, lr_canonical=0.0, lr_surface=0.0, lr_motion=0.0)
+    run = trainer(
+        small_store, tiny_config, tmp_path / "c.pt", evaluate_every=5, patience=2, **still
+    )
+    run.run()
+    assert run.step == 15, "the first evaluation and two that are no better"
+
+
+def test_the_paper_s_losses_and_code_train_too(small_store, tmp_path):
+    from omni.config import load_config
+
+    changes = [
+        "model.hidden=8",
+        "model.canonical_hidden=8",
+        "model.code_dim=8",
+        "sampling.points=8",
+    ]
+    config = load_config(
+        "paper", [*changes, "render.samples=4", "optim.steps=4", "optim.log_every=1"]
+    )
+    seen = []
+    run = Trainer(small_store, config, tmp_path / "c.pt", CPU, lambda s, v: seen.append(v))
+    run.run()
+    assert {"loss/flow_difference", "loss/photometric_difference"} <= seen[0].keys()
+    assert run.rollbacks == 0 and "loss/surface" not in seen[0]
+
+
+def test_a_video_of_two_frames_can_be_fitted_and_read(write_store, tiny_config, scene, tmp_path):
+    pairs = [(0, 1), (1, 0)]
+    frames = np.stack([scene.frame(t) for t in range(2)])
+    store = write_store(tmp_path, frames, pairs, {pair: scene.flow(*pair) for pair in pairs})
+    run = trainer(store, tiny_config, tmp_path / "c.pt", steps=3)
+    run.run()
+    tracks = Reader(store, run.field, 64).tracks([[0, 10, 10], [1, 20, 30]])
+    assert run.rollbacks == 0 and np.isfinite(tracks.tracks).all()

@@ -1,0 +1,142 @@
+"""Imports run one way. The table is docs/architecture.md's; a new module needs a line in it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+LEVELS = [
+    "errors config coords schedules splines textures surfaces scenes",  # pure
+    "store decoding images video tracks truth links",  # files
+    "networks bijection canonical rendering",  # torch alone
+    "model",
+    "losses sampling initialize integration smoothing fusion baselines",
+    "checkpoint trainer readout",
+    "metrics overlay viz board summaries synthetic",  # what people look at
+    "run",
+    "cli",
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+TORCH_ALONE = LEVELS[2].split()
+CONTRACT = {"config", "coords", "errors", "store", "video"}
+"""All that `preprocess` may know of `omni`: the store is the only road between the two."""
+
+
+def modules(package):
+    return sorted(p.stem for p in (REPO / package).glob("*.py") if p.stem != "__init__")
+
+
+def imports(package, name):
+    """(package, module, lazy) of every import of ours, and the names of all other packages."""
+    tree = ast.parse((REPO / package / f"{name}.py").read_text(encoding="utf-8"))
+    top, ours, others = set(tree.body), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{package}/{name}.py: imports are absolute"
+            targets = [node.module]
+            if node.module in ("omni", "preprocess"):
+                targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            head, _, rest = target.partition(".")
+            if head in ("omni", "preprocess"):
+                ours.add((head, rest.split(".")[0], node not in top))
+            else:
+                others.add(head)
+    return ours, others
+
+
+def omni_imports(name):
+    return {module for package, module, _ in imports("omni", name)[0] if package == "omni"}
+
+
+def reachable(name):
+    seen, pending = set(), [name]
+    while pending:
+        for module in omni_imports(pending.pop()) - seen:
+            seen.add(module)
+            pending.append(module)
+    return seen
+
+
+def test_every_module_has_a_level():
+    missing = set(modules("omni")) - LEVEL.keys()
+    assert not missing, f"give {sorted(missing)} a level in LEVELS"
+
+
+@pytest.mark.parametrize("name", modules("omni"))
+def test_no_module_imports_a_higher_level_or_itself_in_a_circle(name):
+    higher = {module for module in omni_imports(name) if LEVEL[module] > LEVEL[name]}
+    assert not higher, f"omni/{name}.py imports {sorted(higher)}"
+    assert name not in reachable(name), f"omni/{name}.py imports itself through others"
+
+
+@pytest.mark.parametrize("name", TORCH_ALONE)
+def test_the_networks_know_no_path_config_or_store(name):
+    assert omni_imports(name) <= {"splines", *TORCH_ALONE}
+    standard = {"importlib", "logging", "math", "collections", "dataclasses", "typing"}
+    assert imports("omni", name)[1] <= {"torch", "tinycudann", *standard}
+
+
+def test_reading_tracks_needs_nothing_of_the_training():
+    assert not reachable("readout") & {"trainer", "sampling", "losses", "initialize", "checkpoint"}
+
+
+@pytest.mark.parametrize("name", modules("preprocess"))
+def test_preprocess_meets_omni_only_at_the_contract(name):
+    ours, _ = imports("preprocess", name)
+    assert {module for package, module, _ in ours if package == "omni"} <= CONTRACT
+
+
+def test_omni_reaches_preprocess_only_from_run_and_lazily():
+    found = {
+        (name, lazy)
+        for name in [*modules("omni"), "__init__"]
+        for package, _, lazy in imports("omni", name)[0]
+        if package == "preprocess"
+    }
+    assert found == {("run", True)}
+
+
+def test_nothing_imports_the_command_line():
+    everyone = [("omni", n) for n in modules("omni")] + [
+        ("preprocess", n) for n in modules("preprocess")
+    ]
+    users = [who for who in everyone if ("omni", "cli") in {i[:2] for i in imports(*who)[0]}]
+    assert users == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import omni",
+        "import omni; omni.OmniError, omni.Config, omni.load_config",
+        "from omni.cli import main; main(['--help'])",
+        "from omni.cli import main; main(['optimize', '--help'])",
+    ],
+)
+def test_importing_omni_and_asking_for_help_load_no_torch(code):
+    script = (
+        "import sys\n"
+        f"try:\n    {code}\n"
+        "except SystemExit as leaving:\n    assert not leaving.code\n"
+        "heavy = {'torch', 'cv2', 'scipy', 'tensorboard'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("usage" in result.stdout) == ("help" in code)
+
+
+def test_every_public_name_exists_in_the_place_it_is_said_to_be():
+    import omni
+
+    for name in omni.__all__:
+        assert getattr(omni, name) is not None
