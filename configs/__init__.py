@@ -1,0 +1,1 @@
+"""Presets: YAML files laid over the defaults of `omni.config`."""

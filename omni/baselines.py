@@ -13,7 +13,7 @@ Letters: N points, T frames. Raster pixels of the processing resolution inside, 
 video at the border.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,10 +22,11 @@ import numpy as np
 
 from omni.coords import inside, rescale
 from omni.errors import OmniError
-from omni.store import Store, decode_flow
+from omni.links import Links
+from omni.store import Store
 from omni.tracks import Tracks
 
-__all__ = ["DirectFlow", "Method", "baseline", "sample_flow"]
+__all__ = ["DirectFlow", "Method", "baseline"]
 
 Method = Literal["direct", "chain", "mft"]
 
@@ -34,8 +35,6 @@ DirectFlow = Callable[[int, int], np.ndarray]
 both directions of a pair, at most twice each."""
 
 _GAPS = (32, 16, 8, 4, 2, 1)
-_SIGMA_FLOOR, _SIGMA_SLOPE = 0.25, 0.6
-"""Measured: a link's sigma is about 0.25 px plus 0.6 times its forward-backward error."""
 
 
 def baseline(
@@ -78,36 +77,6 @@ def baseline(
     for step in (1, -1):
         _sweep(state, links, method, step, threshold)
     return _tracks(store, state, order, query_points)
-
-
-def sample_flow(flow: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    """Bilinear flow at points, reading the 4 neighbours alone, so that memory maps stay on disk.
-
-    Args:
-        flow: (h, w, 2) int16 (see `decode_flow`) or float32 pixels.
-        xy: (N, 2) raster pixels; beyond the outermost pixel centres the border value holds.
-
-    Returns:
-        (N, 2) float32 pixels.
-    """
-    height, width = flow.shape[:2]
-    last = np.array([width - 1, height - 1], np.float32)
-    position = np.clip(xy - np.float32(0.5), 0, last)
-    corner = np.minimum(position.astype(np.int64), np.maximum(last - 1, 0).astype(np.int64))
-    right, down = (position - corner).astype(np.float32).T[..., None]
-    index = corner[:, 1] * width + corner[:, 0]
-    # One pixel is one machine word: gathering words is several times faster than gathering rows.
-    packed = np.ascontiguousarray(flow).view(np.int32 if flow.dtype == np.int16 else np.int64)
-    packed = packed.reshape(-1)
-    across, along = min(width - 1, 1), min(height - 1, 1) * width
-
-    def gather(offset: int) -> np.ndarray:
-        values = packed[index + offset].view(flow.dtype).reshape(-1, 2)
-        return decode_flow(values) if flow.dtype == np.int16 else values
-
-    upper = gather(0) * (1 - right) + gather(across) * right
-    lower = gather(along) * (1 - right) + gather(along + across) * right
-    return upper * (1 - down) + lower * down
 
 
 @dataclass
@@ -155,34 +124,24 @@ class _State:
         now_visible[better] = visible[better]
 
 
-class _Links:
-    """The flow and its reverse of frame pairs, from the store or computed on demand."""
+class _Links(Links):
+    """Stored links, plus direct flows computed on demand."""
 
     def __init__(self, store: Store, direct_flow: DirectFlow | None):
-        self._flow = store.flow
-        self._index = {tuple(pair): k for k, pair in enumerate(store.pairs.tolist())}
-        self._targets: dict[int, list[int]] = defaultdict(list)
-        for source, target in sorted(self._index):
-            self._targets[source].append(target)
+        super().__init__(store)
         self._direct_flow = direct_flow
-        self.size = store.size
-        self.num_frames = store.num_frames
-        joined = [(t, t + 1) in self._index for t in range(self.num_frames - 1)]
+        joined = [self.stored(t, t + 1) for t in range(self.num_frames - 1)]
         self._shot = np.cumsum([0, *(not value for value in joined)])
-
-    def stored(self, source: int, target: int) -> bool:
-        """Whether the store has the flow and the reverse that checks it."""
-        return (source, target) in self._index and (target, source) in self._index
 
     def direct(self, source: int, target: int) -> bool:
         """Whether the direct flow can be had; never across a cut."""
         computable = self._direct_flow and self._shot[source] == self._shot[target]
         return bool(computable) or self.stored(source, target)
 
-    def get(self, source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-        """Flow fields of both directions."""
+    def fields(self, source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+        """Flow fields of both directions, stored or computed."""
         if self.stored(source, target):
-            return tuple(self._flow[self._index[p]] for p in ((source, target), (target, source)))
+            return super().fields(source, target)
         pairs = ((source, target), (target, source))
         return tuple(np.asarray(self._direct_flow(*pair), np.float32) for pair in pairs)
 
@@ -191,9 +150,8 @@ class _Links:
         before, queue = {source: source}, deque([source])
         while queue:
             frame = queue.popleft()
-            for target in self._targets[frame]:
-                onward = (target - frame) * step > 0
-                if onward and target not in before and self.stored(frame, target):
+            for target in range(frame + step, self.num_frames if step > 0 else -1, step):
+                if target not in before and self.stored(frame, target):
                     before[target] = frame
                     queue.append(target)
         return before
@@ -206,8 +164,8 @@ def _sweep(state: _State, links: _Links, method: Method, step: int, threshold: f
         paths = {int(frame): links.paths(int(frame), step) for frame in np.unique(state.frames)}
     for target in range(links.num_frames)[::step]:
         for source, rows in _candidates(state, links, method, paths, target, step):
-            xy, error = _follow(links, source, target, state.xy[source, rows])
-            sigma = np.hypot(state.sigma[source, rows], _SIGMA_FLOOR + _SIGMA_SLOPE * error)
+            xy, error = links.follow(source, target, state.xy[source, rows])
+            sigma = np.hypot(state.sigma[source, rows], links.sigma(error))
             visible = state.visible[source, rows] & (error < threshold) & inside(xy, links.size)
             state.offer(target, rows, xy, sigma, visible)
         if 0 <= target - step < links.num_frames:
@@ -231,14 +189,6 @@ def _candidates(
                 yield frame, state.queried(frame)
             elif method == "direct" and target in paths[frame]:
                 yield paths[frame][target], state.queried(frame)
-
-
-def _follow(links: _Links, source: int, target: int, xy: np.ndarray):
-    """Targets `(n, 2)` of points and their forward-backward error `(n,)` in pixels."""
-    forward, backward = links.get(source, target)
-    motion = sample_flow(forward, xy)
-    arrived = xy + motion
-    return arrived, np.linalg.norm(motion + sample_flow(backward, arrived), axis=-1)
 
 
 def _carry(state: _State, target: int, step: int) -> None:

@@ -32,16 +32,20 @@ class Links:
         """Whether the store has the flow and the reverse that checks it."""
         return (source, target) in self._index and (target, source) in self._index
 
+    def fields(self, source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+        """The flow of a stored pair and its reverse, as `sample_flow` takes them."""
+        return tuple(self._flow[self._index[pair]] for pair in ((source, target), (target, source)))
+
     def follow(self, source: int, target: int, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where points `(n, 2)` of `source` are in `target`.
 
         Returns:
             positions `(n, 2)` and forward-backward errors `(n,)` in pixels.
         """
-        motion = sample_flow(self._flow[self._index[source, target]], xy)
+        forward, backward = self.fields(source, target)
+        motion = sample_flow(forward, xy)
         arrived = xy + motion
-        back = sample_flow(self._flow[self._index[target, source]], arrived)
-        return arrived, np.linalg.norm(motion + back, axis=-1)
+        return arrived, np.linalg.norm(motion + sample_flow(backward, arrived), axis=-1)
 
     def sigma(self, error: np.ndarray) -> np.ndarray:
         """Standard deviation in pixels of a link with this forward-backward error."""

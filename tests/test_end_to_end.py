@@ -224,7 +224,7 @@ def mask_of_another_size(folder):
         (lambda folder: [folder / "missing.mp4"], "missing.mp4"),
         (text_named_mp4, "video.mp4"),
         (empty_folder, "empty"),
-        (one_frame, "at least 2"),
+        (one_frame, "fewer than 2 frames"),
         (two_sizes, "48"),
         (mask_of_another_size, "mask.png"),
         (lambda folder: [folder, "--set=optim.step=3"], "optim.steps"),

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from omni.baselines import baseline, sample_flow
+from omni.baselines import baseline
 from omni.coords import pixel_centers, sample_image
 from omni.errors import OmniError
+from omni.links import sample_flow
 from omni.store import Store, encode_flow
 
 SIZE = (40, 60)
@@ -30,6 +31,9 @@ def make_store(folder, flow_of, pairs=None, frames=FRAMES, video_size=SIZE):
         for k, pair in enumerate(pairs):
             stage.arrays["flow"][k] = encode_flow(np.broadcast_to(flow_of(*pair), (*SIZE, 2)))
         stage.meta["pairs"] = pairs
+    evidence = {"evidence": ((len(pairs), *SIZE), np.uint8)}
+    with store.stage("evidence", "k", evidence, 1) as stage:
+        stage.meta.update(sigma_floor=0.25, sigma_slope=0.6)
     store.note(video={"size": list(video_size), "fps": 10.0})
     return Store.open(folder)
 
