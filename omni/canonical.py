@@ -28,16 +28,26 @@ class CanonicalVolume(nn.Module):
     """Density and colour as one network of the contracted canonical point.
 
     `kind` grid: multi-resolution grid and a small network; gabor: the original's Gabor network.
+    `accelerated` lets the grid use tiny-cuda-nn where it is installed.
     Density is `softplus(raw - 1)`, colour `sigmoid(raw)`.
     """
 
-    def __init__(self, kind: str, hidden: int, levels: int, base: int, growth: float, log2: int):
+    def __init__(
+        self,
+        kind: str,
+        hidden: int,
+        levels: int,
+        base: int,
+        growth: float,
+        log2_size: int,
+        accelerated: bool = False,
+    ):
         super().__init__()
         self.kind = kind
         if kind == "gabor":
             self.network = GaborNetwork(3, hidden, 4, filters=4, alpha=3.0)
         else:
-            self.encoding = grid_encoding(levels, base, growth, log2)
+            self.encoding = grid_encoding(levels, base, growth, log2_size, accelerated)
             self.network = nn.Sequential(
                 nn.Linear(self.encoding.width, hidden), nn.ReLU(), nn.Linear(hidden, 4)
             )

@@ -245,6 +245,60 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
+_LIMITS: dict[str, tuple[float, float]] = {
+    "data.resolution": (0, 1 << 16),
+    "data.start": (0, 1 << 40),
+    "data.stop": (0, 1 << 40),
+    "data.stride": (1, 1 << 20),
+    "flow.max_gap": (1, 1 << 20),
+    "flow.workers": (0, 1024),
+    "flow.cycle_threshold": (1e-3, 1e3),
+    "threads": (0, 1024),
+    "model.couplings": (1, 64),
+    "model.hidden": (1, 4096),
+    "model.layers": (1, 64),
+    "model.pre_layers": (0, 64),
+    "model.octaves": (0, 16),
+    "model.scale_bound": (1e-3, 16),
+    "model.code_dim": (1, 4096),
+    "model.code_spacing": (0.5, 1e4),
+    "model.canonical_hidden": (1, 4096),
+    "model.grid_levels": (1, 32),
+    "model.grid_base": (2, 1 << 12),
+    "model.grid_growth": (1, 8),
+    "model.grid_log2_size": (3, 28),
+    "model.surface": (0, 1 << 12),
+    "render.samples": (1, 1024),
+    "render.half_width": (1e-4, 2),
+    "render.occlusion_margin": (1e-6, 2),
+    "sampling.pairs": (1, 1 << 20),
+    "sampling.points": (1, 1 << 20),
+    "sampling.adjacent_share": (0, 1),
+    "sampling.gap_start": (1, 1 << 20),
+    "sampling.gap_end": (1, 1 << 20),
+    "sampling.mining": (0, 1),
+    "sampling.held_out": (0, 0.9),
+    "optim.steps": (1, 1 << 40),
+    "optim.lr_mapping": (0, 10),
+    "optim.lr_code": (0, 10),
+    "optim.lr_canonical": (0, 10),
+    "optim.lr_surface": (0, 10),
+    "optim.lr_motion": (0, 10),
+    "optim.warmup": (0, 1 << 40),
+    "optim.clip": (0, 1e9),
+    "optim.evaluate_every": (1, 1 << 40),
+    "optim.patience": (0, 1 << 40),
+    "optim.checkpoint_seconds": (0, 1e9),
+    "optim.log_every": (1, 1 << 40),
+    "optim.image_every": (1, 1 << 40),
+    "output.grid": (1, 1 << 16),
+    "output.frame": (0, 1 << 40),
+    "output.chunk": (16, 1 << 24),
+    "output.render_side": (16, 1 << 14),
+    "output.render_frames": (1, 1 << 20),
+}
+"""Smallest and largest sensible value of every number that has one."""
+
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -277,6 +331,7 @@ def load_config(base: Config | str = "", overrides: typing.Sequence[str] = ()) -
         for part in reversed(key.strip().split(".")):
             tree = {part: tree}
         config = apply(config, tree, where="--set")
+    _check_limits(config)
     return config
 
 
@@ -317,6 +372,15 @@ def digest(*parts: Any) -> str:
     """Short stable hash of JSON-safe values: the key under which a stage's output is cached."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_limits(config: Config) -> None:
+    for name, (low, high) in _LIMITS.items():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not low <= value <= high:
+            raise OmniError(f"{name} must lie between {low:.12g} and {high:.12g}, not {value:.12g}")
 
 
 def _read_yaml(name: str) -> dict:

@@ -87,9 +87,16 @@ class Field(nn.Module):
         num_frames: T.
         model: sizes of the networks.
         render: how rays are sampled.
+        accelerated: whether CUDA kernels may be used; the field must then live on a CUDA device.
     """
 
-    def __init__(self, num_frames: int, model: ModelConfig, render: RenderConfig):
+    def __init__(
+        self,
+        num_frames: int,
+        model: ModelConfig,
+        render: RenderConfig,
+        accelerated: bool = False,
+    ):
         super().__init__()
         self.num_frames, self.render = num_frames, render
         if model.code == "gabor":
@@ -117,6 +124,7 @@ class Field(nn.Module):
             model.grid_base,
             model.grid_growth,
             model.grid_log2_size,
+            accelerated,
         )
 
     def stabilize(self, times: Tensor, points: Tensor) -> Tensor:

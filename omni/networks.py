@@ -168,9 +168,11 @@ class TcnnGridEncoding(nn.Module):
             self.params.copy_(state_dict[prefix + "params"])
 
 
-def grid_encoding(levels: int, base: int, growth: float, log2_size: int) -> nn.Module:
-    """The fastest grid encoding this machine has: tiny-cuda-nn on CUDA, else `GridEncoding`."""
-    if torch.cuda.is_available() and importlib.util.find_spec("tinycudann") is not None:
+def grid_encoding(
+    levels: int, base: int, growth: float, log2_size: int, accelerated: bool
+) -> nn.Module:
+    """The grid encoding: tiny-cuda-nn's where `accelerated` and installed, else `GridEncoding`."""
+    if accelerated and importlib.util.find_spec("tinycudann") is not None:
         log.info("canonical grid: tiny-cuda-nn")
         return TcnnGridEncoding(levels, base, growth, log2_size)
     return GridEncoding(levels, base, growth, log2_size)

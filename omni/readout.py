@@ -103,8 +103,8 @@ class Reader:
         """Positions, sigma and visibility of a chunk at real times, processing pixels."""
         frames = np.rint(points[:, 0]).astype(int)
         every = np.arange(self.num_frames)
-        xy = rescale(points[:, :0:-1], self.video_size, self.size).astype(np.float32)
-        witness = None
+        given = rescale(points[:, :0:-1], self.video_size, self.size).astype(np.float32)
+        xy, witness = given.copy(), None
         if self.field is not None:
             witness = self.follow(points, every)
             between = points[:, 0] != frames
@@ -114,7 +114,10 @@ class Reader:
         )
         before = np.clip(np.floor(times).astype(int), 0, max(self.num_frames - 2, 0))
         share = np.clip(times - before, 0, 1)
-        positions = curves.at(times)
+        # Smoothing moves the query a little; it is given, so the curve is moved back to it.
+        nearness = np.clip(1 - np.abs(times - points[:, :1]), 0, 1)[..., None]
+        moved = curves.each_at(points[:, 0])
+        positions = curves.at(times) + (given - moved)[:, None] * nearness
         inbounds = inside(positions, self.size)
 
         def blend(values: np.ndarray) -> np.ndarray:

@@ -127,6 +127,8 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
         record["steps"] = trainer.step
         record["held_out"] = trainer.history
         record["rollbacks"] = trainer.rollbacks
+        if trainer.gave_up:
+            log.warning("the fit stopped at step %d: its loss kept diverging", trainer.step)
 
 
 def export(
@@ -224,7 +226,8 @@ class Run:
         state = load_checkpoint(folder / "checkpoint.pt", target)
         self.config: Config = apply(Config(), state["config"], str(folder / "checkpoint.pt"))
         self.steps: int = state["step"]
-        field = Field(state["num_frames"], self.config.model, self.config.render)
+        cuda = target.type == "cuda"
+        field = Field(state["num_frames"], self.config.model, self.config.render, cuda)
         field.load_state_dict(state["field"])
         self.reader = Reader(self.store, field.to(target).eval(), self.config.output.chunk)
 

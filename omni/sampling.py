@@ -169,9 +169,10 @@ class CorrespondenceSampler:
             tile = torch.multinomial(tiles, mined, replacement=True, generator=self.generator)
             columns = self.residual.shape[2]
             x0, y0 = tile % columns * TILE, tile // columns * TILE
-            spot = torch.randint(TILE, (2, len(frames), mined), generator=self.generator)
-            x[:, :mined] = (x0 + spot[0]).clamp(max=self.width - 1)
-            y[:, :mined] = (y0 + spot[1]).clamp(max=self.height - 1)
+            spot = torch.rand((2, len(frames), mined), generator=self.generator)
+            # Tiles at the right and lower border may be narrower.
+            x[:, :mined] = x0 + (spot[0] * (self.width - x0).clamp(max=TILE)).long()
+            y[:, :mined] = y0 + (spot[1] * (self.height - y0).clamp(max=TILE)).long()
             order = torch.randperm(count, generator=self.generator)
             x, y = x[:, order], y[:, order]
         return x, y

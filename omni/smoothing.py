@@ -40,6 +40,11 @@ class Curves:
         basis = _basis(times, self.spacing, self.control.shape[1])
         return np.einsum("mc,ncd->nmd", basis, self.control).astype(np.float32)
 
+    def each_at(self, times: np.ndarray) -> np.ndarray:
+        """Positions `(N, 2)`, every track at its own one of `(N,)` times."""
+        basis = _basis(times, self.spacing, self.control.shape[1])
+        return np.einsum("nc,ncd->nd", basis, self.control).astype(np.float32)
+
     def velocity(self, times: np.ndarray) -> np.ndarray:
         """Pixels per frame `(N, M, 2)`, by central differences of the curve."""
         half = 0.05

@@ -72,7 +72,7 @@ class Trainer:
         self.key = fit_key(store, config)
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
-        self.field = Field(store.num_frames, config.model, config.render)
+        self.field = Field(store.num_frames, config.model, config.render, device.type == "cuda")
         self._initialize()
         self.field.to(device)
         self.sampler = CorrespondenceSampler(
@@ -113,11 +113,12 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the fit is over: out of steps, no more progress, or too many roll-backs."""
-        return (
-            self.step >= self.config.optim.steps
-            or self.rollbacks > MAX_ROLLBACKS
-            or self._stalled()
-        )
+        return self.step >= self.config.optim.steps or self.gave_up or self._stalled()
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the loss diverged too often; the last good state is kept as the result."""
+        return self.rollbacks > MAX_ROLLBACKS
 
     def _advance(self, bar: tqdm) -> None:
         optim = self.config.optim

@@ -35,7 +35,7 @@ def test_contraction_has_unit_gradient_at_the_origin():
 @pytest.mark.parametrize("kind", ["grid", "gabor"])
 def test_density_is_non_negative_and_colour_in_the_unit_interval(kind):
     torch.manual_seed(0)
-    volume = CanonicalVolume(kind, 16, levels=3, base=4, growth=1.7, log2=10)
+    volume = CanonicalVolume(kind, 16, levels=3, base=4, growth=1.7, log2_size=10)
     for parameter in volume.parameters():
         torch.nn.init.normal_(parameter)
     density, color = volume(3 * torch.randn(4, 5, 6, 3))
