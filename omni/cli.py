@@ -24,6 +24,7 @@ def optimize(
     config: Settings = None,
     overrides: Overrides = [],  # noqa: B006 - tyro reads the default, nobody mutates it
     masks: Path | None = None,
+    matches: Path | None = None,
 ) -> None:
     """Preprocess, fit, export and visualise one video. Run again to continue.
 
@@ -33,10 +34,11 @@ def optimize(
         config: preset (cpu, default, paper) or YAML file (default: by device)
         overrides: change one setting, e.g. --set optim.steps=500; may be repeated
         masks: folder of per-frame label PNGs, or one mask
+        matches: tracks .npz of another tracker, used as further correspondences
     """
     from omni import run
 
-    result = run.optimize(video, out, config, overrides, masks)
+    result = run.optimize(video, out, config, overrides, masks, matches)
     folder = result.folder
     print(f"tracks       {folder / 'tracks.npz'}")
     print(f"overlay      {folder / 'overlay.mp4'}")

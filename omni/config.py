@@ -143,6 +143,8 @@ class SamplingConfig:
     """longest gap at the start of the run"""
     gap_end: int = 32
     """longest gap at the end of the run; grows linearly"""
+    tracks: float = 0.25
+    """share of pairs drawn from integrated chains and imported tracks, at any gap"""
     mining: float = 0.3
     """share of points drawn where the running residual is large"""
     held_out: float = 0.05
@@ -276,6 +278,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "sampling.adjacent_share": (0, 1),
     "sampling.gap_start": (1, 1 << 20),
     "sampling.gap_end": (1, 1 << 20),
+    "sampling.tracks": (0, 0.9),
     "sampling.mining": (0, 1),
     "sampling.held_out": (0, 0.9),
     "optim.steps": (1, 1 << 40),

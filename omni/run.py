@@ -7,6 +7,7 @@
 `optimize` runs them in order and skips what is finished, so calling it again continues.
 """
 
+import dataclasses
 import json
 import logging
 import resource
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from omni.checkpoint import load_checkpoint
 from omni.config import Config, apply, load_config, to_yaml
-from omni.coords import grid_queries
+from omni.coords import grid_queries, rescale
 from omni.errors import OmniError
 from omni.model import Field
 from omni.overlay import draw_tracks
@@ -40,6 +41,7 @@ __all__ = [
     "choose_config",
     "export",
     "fit",
+    "import_matches",
     "load",
     "optimize",
     "preprocess_video",
@@ -56,6 +58,7 @@ def optimize(
     config: Config | str | None = None,
     overrides: Sequence[str] = (),
     masks: Path | str | None = None,
+    matches: Path | str | None = None,
 ) -> "Run":
     """One video to dense tracks: preprocess, fit, export, visualise, into one run folder.
 
@@ -69,6 +72,7 @@ def optimize(
             any, else `default` with a CUDA device and `cpu` without.
         overrides: `section.key=value` texts laid over it.
         masks: folder of per-frame label PNGs, or one mask file.
+        matches: tracks of another tracker on the same frames, used as further correspondences.
 
     Returns:
         The finished run, as `load` gives it.
@@ -80,6 +84,8 @@ def optimize(
     run = Path("runs") / video.stem if run is None else Path(run)
     settings = load_config(choose_config(run, config), overrides)
     preprocess_video(video, run, settings, masks)
+    if matches is not None:
+        import_matches(run, matches)
     fit(run, settings)
     export(run, run / "tracks.npz")
     visualize(run)
@@ -115,7 +121,8 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     checkpoint = run / "checkpoint.pt"
-    step, finished = _progress(checkpoint, fit_key(store, settings))
+    matches = _matches(run)
+    step, finished = _progress(checkpoint, fit_key(store, settings, matches))
     if finished:
         log.info("the fit is finished")
         return
@@ -129,6 +136,26 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
         record["rollbacks"] = trainer.rollbacks
         if trainer.gave_up:
             log.warning("the fit stopped at step %d: its loss kept diverging", trainer.step)
+
+
+def import_matches(run: Path | str, path: Path | str) -> None:
+    """Copy another tracker's tracks into a preprocessed run, for its fits from now on.
+
+    Raises:
+        OmniError: unreadable, or made on other frames.
+    """
+    from omni.truth import load_prediction
+
+    store, tracks = Store.open(run), load_prediction(path)
+    if tracks.tracks.shape[1] != store.num_frames:
+        raise OmniError(
+            f"{path} holds tracks over {tracks.tracks.shape[1]} frames but the video has "
+            f"{store.num_frames}: track the same frames"
+        )
+    if tuple(tracks.size) != store.video_size:
+        resized = rescale(tracks.tracks, tracks.size, store.video_size)
+        tracks = dataclasses.replace(tracks, tracks=resized, size=store.video_size)
+    tracks.save(Path(run) / "matches.npz")
 
 
 def export(
@@ -297,6 +324,11 @@ def _make_folder(folder: Path) -> None:
         raise OmniError(
             f"cannot write into {folder} ({error.strerror}): choose another folder with -o"
         ) from None
+
+
+def _matches(run: Path) -> Tracks | None:
+    path = run / "matches.npz"
+    return Tracks.load(path) if path.is_file() else None
 
 
 def _progress(checkpoint: Path, key: str) -> tuple[int, bool]:

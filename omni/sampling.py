@@ -13,7 +13,7 @@ from torch import Tensor
 from omni.config import SamplingConfig
 from omni.store import FLOW_SCALE, Store, unpack_evidence
 
-__all__ = ["Batch", "CorrespondenceSampler"]
+__all__ = ["Batch", "CorrespondenceSampler", "LongTracks"]
 
 TILE = 16
 """Side in pixels of the tiles over which the running residual is kept."""
@@ -48,6 +48,24 @@ class Batch:
     color: Tensor
 
 
+@dataclass
+class LongTracks:
+    """Tracks as correspondences between any two frames; CPU, raster pixels, processing size.
+
+    Attributes:
+        xy: (M, T, 2). sigma: (M, T). seen: (M, T) float 0/1, trusted there.
+    """
+
+    xy: Tensor
+    sigma: Tensor
+    seen: Tensor
+
+    def joined(self, other: "LongTracks") -> "LongTracks":
+        """Both sets of tracks."""
+        parts = zip(vars(self).values(), vars(other).values(), strict=True)
+        return LongTracks(*(torch.cat(pair) for pair in parts))
+
+
 class CorrespondenceSampler:
     """Draws training batches and holds a fixed share of correspondences back.
 
@@ -57,6 +75,7 @@ class CorrespondenceSampler:
         threshold: forward-backward error (pixels) up to which a correspondence is reliable.
         device: where batches live.
         generator: CPU generator of every draw.
+        tracks: integrated chains or imported tracks, if any.
     """
 
     def __init__(
@@ -66,7 +85,9 @@ class CorrespondenceSampler:
         threshold: float,
         device: torch.device,
         generator: torch.Generator,
+        tracks: "LongTracks | None" = None,
     ):
+        self.tracks = tracks
         self.config, self.threshold, self.generator = config, threshold, generator
         self.device = device
         self.height, self.width = store.size
@@ -82,10 +103,21 @@ class CorrespondenceSampler:
         self.residual = torch.ones(tiles)
 
     def draw(self, gap_limit: int) -> Batch:
-        """A training batch from pairs at most `gap_limit` frames apart (at least adjacent ones)."""
+        """A training batch from pairs at most `gap_limit` frames apart (at least adjacent ones).
+
+        A share of the pairs comes from long tracks, where there are any, at any distance in time.
+        """
+        config = self.config
+        from_tracks = round(config.pairs * config.tracks) if self.tracks is not None else 0
+        flows = self._draw_flows(config.pairs - from_tracks, gap_limit)
+        if not from_tracks:
+            return flows
+        return _joined(flows, self._draw_tracks(from_tracks))
+
+    def _draw_flows(self, pairs: int, gap_limit: int) -> Batch:
         config = self.config
         k = torch.multinomial(
-            self._pair_weights(gap_limit), config.pairs, replacement=True, generator=self.generator
+            self._pair_weights(gap_limit), pairs, replacement=True, generator=self.generator
         )
         x, y = self._points(self.pairs[k, 0], CANDIDATES * config.points)
         k, x, y = k.to(self.device), x.to(self.device), y.to(self.device)
@@ -94,6 +126,27 @@ class CorrespondenceSampler:
         keep = best[:, : config.points]
         x, y = x.gather(1, keep), y.gather(1, keep)
         return self._batch(k, x, y, visible.gather(1, keep), hidden.gather(1, keep))
+
+    def _draw_tracks(self, pairs: int) -> Batch:
+        """Random pairs of frames, and tracks seen in both."""
+        tracks, points = self.tracks, self.config.points
+        ends = torch.randint(tracks.seen.shape[1], (2, pairs), generator=self.generator)
+        both = tracks.seen[:, ends[0]] * tracks.seen[:, ends[1]]
+        chance = both.T + 1e-9
+        index = torch.multinomial(chance, points, replacement=True, generator=self.generator)
+        source, target = ends.to(self.device)
+        xy, target_xy = (tracks.xy[index, end[:, None]] for end in ends)
+        sigma = torch.hypot(*(tracks.sigma[index, end[:, None]] for end in ends))
+        pixel = xy.long()
+        x, y = pixel[..., 0].clamp(0, self.width - 1), pixel[..., 1].clamp(0, self.height - 1)
+        color = self.frames[source[:, None], y.to(self.device), x.to(self.device)].float() / 255
+        visible = both.T.gather(1, index) * (ends[0] != ends[1])[:, None]
+        xy, target_xy, sigma, visible = (
+            value.to(self.device) for value in (xy, target_xy, sigma, visible)
+        )
+        return Batch(
+            source, target, xy, target_xy, sigma, visible, torch.zeros_like(visible), color
+        )
 
     def held_out(self, count: int, seed: int = 0) -> Batch:
         """About `count` held-out correspondences, the same for a given seed; one per pair row."""
@@ -119,6 +172,8 @@ class CorrespondenceSampler:
     def report(self, batch: Batch, residual: Tensor) -> None:
         """Note the residuals `(K, N)` (in sigma) of a drawn batch for hard mining."""
         column, row = (batch.xy / TILE).long().cpu().unbind(-1)
+        row = row.clamp(0, self.residual.shape[1] - 1)
+        column = column.clamp(0, self.residual.shape[2] - 1)
         frame = batch.source.cpu()[:, None].expand_as(row)
         index = (frame * self.residual.shape[1] + row) * self.residual.shape[2] + column
         weight = batch.visible.cpu().flatten()
@@ -200,6 +255,12 @@ class CorrespondenceSampler:
             hidden=hidden,
             color=self.frames[source[:, None], y, x].float() / 255,
         )
+
+
+def _joined(first: Batch, second: Batch) -> Batch:
+    """Both batches' pairs, one after the other."""
+    parts = zip(vars(first).values(), vars(second).values(), strict=True)
+    return Batch(*(torch.cat(pair) for pair in parts))
 
 
 def _held_out(k: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:

@@ -41,12 +41,8 @@ class Tracks:
     size: tuple[int, int]
     fps: float
 
-    def save(self, path: Path | str) -> None:
-        """Write an uncompressed `.npz`, atomically. Same tracks give the same bytes.
-
-        Raises:
-            OmniError: the file cannot be written.
-        """
+    def to_bytes(self) -> bytes:
+        """The uncompressed `.npz`. Same tracks give the same bytes."""
         arrays = {
             "tracks": self.tracks.astype(np.float32),
             "visible": self.visible.astype(bool),
@@ -59,8 +55,16 @@ class Tracks:
         }
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
+        return buffer.getvalue()
+
+    def save(self, path: Path | str) -> None:
+        """Write the `.npz` atomically.
+
+        Raises:
+            OmniError: the file cannot be written.
+        """
         try:
-            write_atomic(Path(path), buffer.getvalue())
+            write_atomic(Path(path), self.to_bytes())
         except OSError as error:
             raise OmniError(
                 f"cannot write {path} ({error.strerror}): choose another folder with -o"

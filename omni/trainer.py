@@ -1,6 +1,7 @@
 """The optimisation loop and nothing else. What it sees goes out through two callbacks."""
 
 import copy
+import hashlib
 import logging
 import math
 import signal
@@ -19,11 +20,12 @@ from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import Config, digest, to_dict
 from omni.coords import denormalize, normalize
 from omni.errors import OmniError
-from omni.initialize import global_motion, surface_depth
+from omni.initialize import chain_tracks, global_motion, imported_tracks, surface_depth
 from omni.model import Field, Rays
-from omni.sampling import Batch, CorrespondenceSampler
+from omni.sampling import Batch, CorrespondenceSampler, LongTracks
 from omni.schedules import gap_limit, learning_rate
 from omni.store import Store
+from omni.tracks import Tracks
 
 __all__ = ["Trainer", "fit_key"]
 
@@ -35,15 +37,16 @@ HELD_OUT = 8192
 MAX_ROLLBACKS = 3
 
 
-def fit_key(store: Store, config: Config) -> str:
+def fit_key(store: Store, config: Config, matches: Tracks | None = None) -> str:
     """Hash of everything that decides the result of a fit: its inputs and settings."""
+    imported = "" if matches is None else hashlib.sha256(matches.to_bytes()).hexdigest()
     settings = to_dict(config)
     for section in ("data", "flow", "output", "device", "threads"):
         settings.pop(section)
     for cadence in ("checkpoint_seconds", "log_every", "image_every"):
         settings["optim"].pop(cadence)
     stages = store.manifest["stages"]
-    return digest(settings, config.flow.cycle_threshold, stages["evidence"]["key"])
+    return digest(settings, config.flow.cycle_threshold, stages["evidence"]["key"], imported)
 
 
 class Trainer:
@@ -56,6 +59,7 @@ class Trainer:
         device: where the model and the correspondences live.
         on_scalars: called with (step, name to value) every `optim.log_every` steps.
         on_images: called with the trainer every `optim.image_every` steps and at the end.
+        matches: tracks of another tracker, further supervision.
     """
 
     def __init__(
@@ -66,17 +70,23 @@ class Trainer:
         device: torch.device,
         on_scalars: Callable[[int, dict[str, float]], None] = lambda step, values: None,
         on_images: Callable[["Trainer"], None] = lambda trainer: None,
+        matches: Tracks | None = None,
     ):
         self.store, self.config, self.device = store, config, device
         self.path, self.on_scalars, self.on_images = checkpoint, on_scalars, on_images
-        self.key = fit_key(store, config)
+        self.key = fit_key(store, config, matches)
         self.generator = torch.Generator().manual_seed(config.seed)
         torch.manual_seed(config.seed)
         self.field = Field(store.num_frames, config.model, config.render, device.type == "cuda")
         self._initialize()
         self.field.to(device)
         self.sampler = CorrespondenceSampler(
-            store, config.sampling, config.flow.cycle_threshold, device, self.generator
+            store,
+            config.sampling,
+            config.flow.cycle_threshold,
+            device,
+            self.generator,
+            self._long_tracks(matches),
         )
         self.optimizer = self._make_optimizer()
         self.step, self.rate, self.rollbacks = 0, 1.0, 0
@@ -321,6 +331,12 @@ class Trainer:
                 cells = self.config.model.surface
                 depth = surface_depth(self.store, motion, cells)
                 self.field.surface.depth.copy_(torch.from_numpy(depth))
+
+    def _long_tracks(self, matches: Tracks | None) -> LongTracks | None:
+        if not self.config.sampling.tracks:
+            return None
+        chains = chain_tracks(self.store)
+        return chains if matches is None else chains.joined(imported_tracks(matches, self.store))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         field, optim = self.field, self.config.optim
