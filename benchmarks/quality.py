@@ -3,6 +3,7 @@
     python benchmarks/quality.py --data ../shared/data/synthetic/dev --config cpu --seeds 3 \
         --set data.resolution=256 -o quality.json
 
+Methods: `ours` is `omni optimize`, `chains` is `omni track`, the others are `omni baseline`.
 A clip is an .npz holding video and truth, or a folder with frames/ and truth.npz. Run folders are
 kept and reused. Seconds are the wall time from video to tracks, as each run's report adds it up.
 """
@@ -29,11 +30,12 @@ from omni.baselines import baseline
 from omni.config import Config, digest, load_config, to_dict
 from omni.errors import OmniError
 from omni.metrics import evaluate, queries
+from omni.readout import Reader
 from omni.store import Store, write_atomic
 from omni.tracks import read_arrays
 from omni.truth import Truth, load_truth
 
-METHODS = ("ours", "mft", "chain", "direct")
+METHODS = ("ours", "chains", "mft", "chain", "direct")
 COLUMNS = ("AJ", "delta_avg", "OA", "TC", "delta_seg", "delta_3px", "seconds")
 
 
@@ -184,6 +186,8 @@ def _is_clip(path: Path) -> bool:
 
 
 def _baseline(folder: Path, points: np.ndarray, method: str):
+    if method == "chains":
+        return Reader(Store.open(folder), None, Config().output.chunk).tracks(points)
     return baseline(Store.open(folder), points, method)
 
 

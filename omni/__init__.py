@@ -22,6 +22,7 @@ _HOMES = {
     "load": "run",
     "load_config": "config",
     "optimize": "run",
+    "track": "run",
     "visualize": "run",
 }
 

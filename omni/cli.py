@@ -46,6 +46,30 @@ def optimize(
     print(f"TensorBoard  omni board {folder}")
 
 
+def track(
+    video: Positional[Path],
+    /,
+    out: Out = None,
+    config: Settings = None,
+    overrides: Overrides = [],  # noqa: B006
+    masks: Path | None = None,
+    queries: Path | None = None,
+) -> None:
+    """Track by integrating flows, without a fit: the quick answer. Writes RUN/chains.npz.
+
+    Args:
+        video: video file or folder of frames
+        out: run folder (default runs/NAME)
+        config: preset or YAML file (default: by device)
+        overrides: change one setting; may be repeated
+        masks: folder of per-frame label PNGs, or one mask
+        queries: .npz with query_points (N, 3) t y x (default: the exported grid)
+    """
+    from omni import run
+
+    print(run.track(video, out, config, overrides, masks, queries))
+
+
 def preprocess(
     video: Positional[Path],
     /,
@@ -195,7 +219,7 @@ def baseline(
 
 COMMANDS = {
     function.__name__: function
-    for function in (optimize, preprocess, fit, export, visualize, board, evaluate, baseline)
+    for function in (optimize, track, preprocess, fit, export, visualize, board, evaluate, baseline)
 }
 
 

@@ -12,19 +12,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from omni.camera import Camera
 from omni.integration import LOOSE, LOST, STRICT, Chains
 from omni.smoothing import Curves, fit_curves
 
-__all__ = ["Witness", "bridge", "settle"]
-
-DOUBT = 12.0
-"""Chain and field this far apart contradict each other, pixels at a short side of 256."""
+__all__ = ["Path", "Witness", "bridge", "settle"]
 
 FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.25
 """Standard deviation of the field: pixels, and pixels per root frame from the query."""
 
 PINNED = 100.0
 """Weight of the query itself: its position is given, not measured."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """Trajectories of N points: curves in the stabilised plane, seen by a moving camera."""
+
+    curves: Curves
+    camera: Camera
+
+    def at(self, times: np.ndarray) -> np.ndarray:
+        """Positions `(N, M, 2)` in processing pixels at `(M,)` real times in frames."""
+        return self.camera.restore(self.curves.at(times), times)
+
+    def each_at(self, times: np.ndarray) -> np.ndarray:
+        """Positions `(N, 2)`, every point at its own one of `(N,)` times."""
+        own = self.curves.each_at(times)
+        return self.camera.restore(own[None], times)[0]
 
 
 @dataclass
@@ -35,39 +50,33 @@ class Witness:
     visibility: np.ndarray
 
 
-def settle(
-    chains: Chains, frames: np.ndarray, size: tuple[int, int], field: Witness | None
-) -> tuple[Curves, np.ndarray, np.ndarray]:
-    """One trajectory from both witnesses.
+def settle(chains: Chains, frames: np.ndarray, camera: Camera, field: Witness | None) -> Path:
+    """One trajectory per point from both witnesses.
+
+    Bridging and smoothing happen in the stabilised plane, where the camera's own shake, which is
+    real and fast, has been taken out.
 
     Args:
         chains: integrated flows of N points.
         frames: (N,) query frames.
-        size: (h, w) processing size.
+        camera: global motion of the frames.
         field: the field's account; None before any fit.
-
-    Returns:
-        curves in time, (N, T) standard deviation per axis in pixels, (N, T) visibility.
     """
     level, points = chains.level.T, np.arange(len(frames))
     deviation = np.where(np.isfinite(chains.sigma.T), chains.sigma.T, 0)
-    xy = bridge(chains.xy.transpose(1, 0, 2), level, None if field is None else field.xy)
+    measured = camera.stabilize(chains.xy.transpose(1, 0, 2))
+    if field is not None:
+        field = Witness(camera.stabilize(field.xy), field.visibility)
+    xy = bridge(measured, level, None if field is None else field.xy)
     weight = np.select(
         [level == STRICT, level == LOOSE],
         [1 / (0.09 + deviation**2), 0.1 / (4 + deviation**2)],
         1e-4 if field is None else 0.05,
     )
     if field is not None:
-        xy, weight = _with_field(xy, weight, deviation, field, frames)
-    weight[points, frames] = PINNED
-    curves = fit_curves(xy, weight)
-    visibility = np.select([level == STRICT, level == LOOSE], [0.85, 0.3], 0.1)
-    if field is not None:
-        apart = np.linalg.norm(chains.xy.transpose(1, 0, 2) - field.xy, axis=-1)
-        doubt = DOUBT * min(size) / 256
-        visibility = np.where(apart > doubt, 0.5 * visibility, visibility)
-    visibility[points, frames] = 1
-    return curves, _spread(deviation, level), visibility.astype(np.float32)
+        xy, weight = _with_field(xy, weight, deviation, level, field, frames)
+    xy[points, frames], weight[points, frames] = measured[points, frames], PINNED
+    return Path(fit_curves(xy, weight), camera)
 
 
 def bridge(xy: np.ndarray, level: np.ndarray, field: np.ndarray | None) -> np.ndarray:
@@ -91,13 +100,22 @@ def bridge(xy: np.ndarray, level: np.ndarray, field: np.ndarray | None) -> np.nd
 
 
 def _with_field(
-    xy: np.ndarray, weight: np.ndarray, deviation: np.ndarray, field: Witness, frames: np.ndarray
+    xy: np.ndarray,
+    weight: np.ndarray,
+    deviation: np.ndarray,
+    level: np.ndarray,
+    field: Witness,
+    frames: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse-variance mean with the field, where the two agree; its error grows with time."""
+    """Inverse-variance mean with the field, where the chain is known and the two agree.
+
+    The field's error grows with time. Bridged frames already follow it.
+    """
     times = np.arange(xy.shape[1])
     spread = FIELD_FLOOR + FIELD_GROWTH * np.sqrt(np.abs(times - frames[:, None]))
     apart = np.linalg.norm(xy - field.xy, axis=-1)
-    extra = np.where(apart < 3 * np.hypot(deviation, spread), 1 / spread**2, 0)
+    agree = (level > LOST) & (apart < 3 * np.hypot(deviation, spread))
+    extra = np.where(agree, 1 / spread**2, 0)
     total = weight + extra
     return (weight[..., None] * xy + extra[..., None] * field.xy) / total[..., None], total
 
@@ -111,13 +129,3 @@ def _interpolated(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     share = (times - first) / np.maximum(last - first, 1)
     rows = np.arange(len(known))[:, None]
     return values[rows, first] + share[..., None] * (values[rows, last] - values[rows, first])
-
-
-def _spread(deviation: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Standard deviation per axis: the chain's while strict, growing with time since then."""
-    times = np.arange(level.shape[1])
-    strict = level == STRICT
-    before = np.maximum.accumulate(np.where(strict, times, -(10**6)), axis=1)
-    after = np.minimum.accumulate(np.where(strict, times, 10**6)[:, ::-1], axis=1)[:, ::-1]
-    away = np.minimum(times - before, after - times)
-    return np.hypot(deviation, 2.0 * away).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What the flows say before any learning: global motion, a first depth order, long tracks.
+"""What the flows say before any learning: a first depth order, long tracks.
 
 Everything is fitted to adjacent flows. Letters: T frames, h x w processing size.
 """
@@ -7,44 +7,21 @@ import cv2
 import numpy as np
 import torch
 
+from omni.camera import REFERENCE_SIDE
 from omni.coords import normalize, pixel_centers, rescale
 from omni.integration import STRICT, integrate
 from omni.links import Links
 from omni.sampling import LongTracks
-from omni.store import Store, decode_flow, unpack_evidence
+from omni.store import Store, decode_flow
 from omni.tracks import Tracks
 
-__all__ = ["chain_tracks", "global_motion", "imported_tracks", "surface_depth"]
+__all__ = ["chain_tracks", "imported_tracks", "surface_depth"]
 
 MAX_TRACKS = 12000
 """Most tracks integrated as long-range supervision."""
 
 TRACK_FRAMES = 8
 """Frames between the query frames of those tracks."""
-
-REFERENCE_SIDE = 256
-"""Motions are judged as if the short side had this many pixels."""
-
-
-def global_motion(store: Store, threshold: float) -> np.ndarray:
-    """Affine maps `(T, 2, 3)`, normalised coordinates, from each frame to the middle frame.
-
-    Adjacent flows are fitted by iteratively reweighted least squares, so that the majority (the
-    background) decides, and composed outwards from the middle frame.
-
-    Args:
-        store: finished preprocessing.
-        threshold: forward-backward error in pixels up to which a flow counts.
-    """
-    middle = store.num_frames // 2
-    links = {tuple(pair): k for k, pair in enumerate(store.pairs.tolist())}
-    maps = np.tile(np.eye(3), (store.num_frames, 1, 1))
-    for frame in [*range(middle - 1, -1, -1), *range(middle + 1, store.num_frames)]:
-        inner = frame + 1 if frame < middle else frame - 1
-        k = links.get((frame, inner))
-        step = np.eye(3) if k is None else _affine(store, k, threshold)
-        maps[frame] = maps[inner] @ step
-    return maps[:, :2].astype(np.float32)
 
 
 def surface_depth(store: Store, motion: np.ndarray, cells: int) -> np.ndarray:
@@ -107,29 +84,3 @@ def imported_tracks(tracks: Tracks, store: Store) -> LongTracks:
         sigma=torch.from_numpy(np.maximum(sigma, 0.25).astype(np.float32)),
         seen=torch.from_numpy(seen.astype(np.float32)),
     )
-
-
-def _affine(store: Store, k: int, threshold: float) -> np.ndarray:
-    """Robust `(3, 3)` affine map explaining most of flow `k`; identity where it cannot be had."""
-    size = store.size
-    stride = max(1, int(np.sqrt(size[0] * size[1] / 4000)))
-    evidence = unpack_evidence(store.evidence[k][::stride, ::stride])
-    good = evidence.valid & (evidence.error <= threshold)
-    if good.sum() < 20:
-        return np.eye(3)
-    flow = decode_flow(store.flow[k][::stride, ::stride])
-    points = pixel_centers(size)[::stride, ::stride]
-    source = normalize(points, size)[good].astype(np.float64)
-    target = normalize(points + flow, size)[good].astype(np.float64)
-    design = np.concatenate([source, np.ones((len(source), 1))], axis=1)
-    pixels = np.array([size[1], size[0]]) / 2 * (REFERENCE_SIDE / min(size))
-    weight = np.ones(len(source))
-    for _ in range(10):
-        root = np.sqrt(weight)[:, None]
-        solution = np.linalg.lstsq(root * design, root * target, rcond=None)[0]
-        residual = (((design @ solution - target) * pixels) ** 2).sum(1)
-        weight = 1 / (1 + residual / 0.25)
-    matrix = np.eye(3)
-    matrix[:2] = solution.T
-    plausible = 0.5 < np.linalg.det(matrix) < 2
-    return matrix if plausible and np.isfinite(matrix).all() else np.eye(3)

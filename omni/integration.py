@@ -30,8 +30,12 @@ LOOSE_ERROR, LOOSE_SHARE = 3.0, 0.03
 """Forward-backward errors in pixels up to which a link keeps a level; the loose one may grow with
 the length of the flow. A strict bound must not: it is at motion borders that points slide over."""
 
-CORRELATION = 0.25
-"""Correlation of candidates: they share frames and texture. Measured: 0 to 0.5 differ little."""
+CORRELATION = 0.75
+"""Correlation of candidates: they share frames, texture and the same smoothness prior."""
+
+DRIFT = 0.5
+"""Correlation of a link's error with the chain's so far: drift has a direction, so that many short
+links are worse than their variances added up say."""
 
 GATE = 2.5
 """Candidates further from the best than this many joint standard deviations are not fused."""
@@ -127,7 +131,9 @@ def _candidates(
             np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, LOST),
         )
         level = np.minimum(level, chains.level[source, rows]) * inside(arrived, links.size)
-        sigma = np.hypot(chains.sigma[source, rows], links.sigma(error))
+        before, link = chains.sigma[source, rows], links.sigma(error)
+        # A lost source has infinite sigma; its product with a finite one stays infinite.
+        sigma = np.sqrt(before**2 + link**2 + 2 * DRIFT * before * link)
         yield arrived, sigma, level.astype(np.uint8), error
 
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from omni.appearance import similarity
+from omni.camera import Camera, global_motion
+from omni.confidence import Judgement, cues, judge
 from omni.coords import (
     denormalize,
     grid_queries,
@@ -18,7 +21,7 @@ from omni.coords import (
     rescale,
 )
 from omni.errors import OmniError
-from omni.fusion import Witness, settle
+from omni.fusion import Path, Witness, settle
 from omni.integration import integrate
 from omni.links import Links
 from omni.model import Field
@@ -27,8 +30,8 @@ from omni.tracks import Tracks
 
 __all__ = ["Reader"]
 
-VISIBLE = 0.5
-"""Probability from which a point is called visible."""
+QUERY_SIGMA = 0.05
+"""Standard deviation of the query itself, pixels: it is given, up to rounding."""
 
 
 class Reader:
@@ -43,7 +46,9 @@ class Reader:
     def __init__(self, store: Store, field: Field | None, chunk: int):
         self.links, self.field, self.chunk = Links(store), field, chunk
         self.size, self.video_size, self.fps = store.size, store.video_size, store.fps
-        self.num_frames = store.num_frames
+        self.num_frames, self.frames = store.num_frames, store.frames
+        threshold = store.meta("evidence")["threshold"]
+        self.camera = Camera(global_motion(store, threshold), store.size)
         self.device = torch.device("cpu") if field is None else next(field.parameters()).device
 
     def tracks(
@@ -67,13 +72,16 @@ class Reader:
         shape = (len(points), len(times))
         xy = np.empty((*shape, 2), np.float32)
         visibility, sigma = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        visible = np.empty(shape, bool)
         for start in range(0, len(points), self.chunk):
             rows = slice(start, start + self.chunk)
-            xy[rows], sigma[rows], visibility[rows] = self._settle(points[rows], times)
+            xy[rows], judged = self._answer(points[rows], times)
+            visibility[rows], sigma[rows] = judged.visibility, judged.sigma
+            visible[rows] = judged.visible
             progress(len(points[rows]))
         return Tracks(
             tracks=rescale(xy, self.size, self.video_size),
-            visible=visibility > VISIBLE,
+            visible=visible,
             visibility=visibility,
             sigma=sigma * np.float32(self.video_size[0] / self.size[0]),
             query_points=points,
@@ -99,31 +107,54 @@ class Reader:
             witness.xy[index], witness.visibility[index] = self._follow(query_points[index], times)
         return witness
 
-    def _settle(self, points: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Positions, sigma and visibility of a chunk at real times, processing pixels."""
+    def evidence(self, query_points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cues `(N, T, F)` (see `omni.confidence`) and positions `(N, T, 2)` in every frame.
+
+        Positions are in processing pixels.
+        """
+        points = self._checked(query_points)
+        path, values = self._settle(points)
+        return values, path.at(np.arange(self.num_frames))
+
+    def _settle(self, points: np.ndarray) -> tuple[Path, np.ndarray]:
+        """Paths and cues of a chunk of queries, processing pixels."""
         frames = np.rint(points[:, 0]).astype(int)
         every = np.arange(self.num_frames)
-        given = rescale(points[:, :0:-1], self.video_size, self.size).astype(np.float32)
-        xy, witness = given.copy(), None
+        xy, witness = self._given(points), None
         if self.field is not None:
             witness = self.follow(points, every)
             between = points[:, 0] != frames
             xy[between] = witness.xy[between, frames[between]]
-        curves, sigma, visibility = settle(
-            integrate(self.links, frames, xy), frames, self.size, witness
-        )
-        before = np.clip(np.floor(times).astype(int), 0, max(self.num_frames - 2, 0))
-        share = np.clip(times - before, 0, 1)
+        chains = integrate(self.links, frames, xy)
+        path = settle(chains, frames, self.camera, witness)
+        alike = similarity(self.frames, path.at(every), frames)
+        account = None if witness is None else (witness.xy, witness.visibility)
+        return path, cues(chains, frames, min(self.size), alike, account)
+
+    def _answer(self, points: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, Judgement]:
+        """Positions and judgement of a chunk of queries at real times, processing pixels."""
+        path, values = self._settle(points)
+        judged = judge(values, min(self.size))
         # Smoothing moves the query a little; it is given, so the curve is moved back to it.
         nearness = np.clip(1 - np.abs(times - points[:, :1]), 0, 1)[..., None]
-        moved = curves.each_at(points[:, 0])
-        positions = curves.at(times) + (given - moved)[:, None] * nearness
-        inbounds = inside(positions, self.size)
+        moved = self._given(points) - path.each_at(points[:, 0])
+        positions = path.at(times) + moved[:, None] * nearness
+        before = np.clip(np.floor(times).astype(int), 0, self.num_frames - 2)
+        share = np.clip(times - before, 0, 1)
 
         def blend(values: np.ndarray) -> np.ndarray:
             return (1 - share) * values[:, before] + share * values[:, before + 1]
 
-        return positions, blend(sigma), blend(visibility) * inbounds
+        inbounds = inside(positions, self.size)
+        asked = nearness[..., 0] > 0.999
+        sigma = np.where(asked, QUERY_SIGMA, blend(judged.sigma))
+        visibility = np.where(asked, 1, blend(judged.visibility)) * inbounds
+        visible = (asked | (blend(judged.visible.astype(np.float32)) > 0.5)) & inbounds
+        return positions, Judgement(visibility, sigma, visible)
+
+    def _given(self, points: np.ndarray) -> np.ndarray:
+        """Query positions `(N, 2)` in processing pixels."""
+        return rescale(points[:, :0:-1], self.video_size, self.size).astype(np.float32)
 
     @torch.no_grad()
     def render(self, time: float, short_side: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """The stages as functions over a run folder: preprocess, fit, export, visualise, all of them.
 
     RUN/config.yaml  resolved settings          RUN/tracks.npz    the exported grid
-    RUN/checkpoint.pt                           RUN/overlay.mp4   color.mp4  depth.mp4
-    RUN/tensorboard/                            RUN/report.json   what each stage took and reached
+    RUN/chains.npz   the same before the fit    RUN/overlay.mp4   color.mp4  depth.mp4
+    RUN/checkpoint.pt  RUN/tensorboard/         RUN/report.json   what each stage took and reached
 
 `optimize` runs them in order and skips what is finished, so calling it again continues.
 """
@@ -45,6 +45,7 @@ __all__ = [
     "load",
     "optimize",
     "preprocess_video",
+    "track",
     "track_baseline",
     "visualize",
 ]
@@ -81,9 +82,10 @@ def optimize(
         OmniError: bad input, settings or environment.
     """
     video = Path(video)
-    run = Path("runs") / video.stem if run is None else Path(run)
+    run = default_run(video) if run is None else Path(run)
     settings = load_config(choose_config(run, config), overrides)
-    preprocess_video(video, run, settings, masks)
+    store = preprocess_video(video, run, settings, masks)
+    _write_chains(run, store, settings, None)
     if matches is not None:
         import_matches(run, matches)
     fit(run, settings)
@@ -122,6 +124,8 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
         torch.set_num_threads(settings.threads)
     checkpoint = run / "checkpoint.pt"
     matches = _matches(run)
+    if matches is not None and not settings.sampling.tracks:
+        log.warning("imported matches are not used: sampling.tracks is 0")
     step, finished = _progress(checkpoint, fit_key(store, settings, matches))
     if finished:
         log.info("the fit is finished")
@@ -129,7 +133,8 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
     write_atomic(run / "config.yaml", to_yaml(settings).encode())
     events = run / "tensorboard"
     with _timed(run, "fit") as record, Summaries(events, settings, step) as summaries:
-        trainer = Trainer(store, settings, checkpoint, device, summaries.scalars, summaries.images)
+        callbacks = summaries.scalars, summaries.images
+        trainer = Trainer(store, settings, checkpoint, device, *callbacks, matches)
         trainer.run()
         record["steps"] = trainer.step
         record["held_out"] = trainer.history
@@ -152,10 +157,7 @@ def import_matches(run: Path | str, path: Path | str) -> None:
             f"{path} holds tracks over {tracks.tracks.shape[1]} frames but the video has "
             f"{store.num_frames}: track the same frames"
         )
-    if tuple(tracks.size) != store.video_size:
-        resized = rescale(tracks.tracks, tracks.size, store.video_size)
-        tracks = dataclasses.replace(tracks, tracks=resized, size=store.video_size)
-    tracks.save(Path(run) / "matches.npz")
+    _resized(tracks, store.video_size).save(Path(run) / "matches.npz")
 
 
 def export(
@@ -193,6 +195,45 @@ def export(
             queries = load_queries(queries)
         with tqdm(total=len(queries), desc="export", unit="track", disable=None) as bar:
             opened.reader.tracks(queries, times, bar.update).save(path)
+
+
+def track(
+    video: Path | str,
+    run: Path | str | None = None,
+    config: Config | str | None = None,
+    overrides: Sequence[str] = (),
+    masks: Path | str | None = None,
+    queries: Path | str | None = None,
+) -> Path:
+    """Tracks from the integrated flows alone, without any fit: seconds after preprocessing.
+
+    Arguments as `optimize`; `queries` as `export`. Returns the `.npz` written,
+    `RUN/chains.npz`.
+    """
+    run = default_run(video) if run is None else Path(run)
+    settings = load_config(choose_config(run, config), overrides)
+    store = preprocess_video(video, run, settings, masks)
+    return _write_chains(run, store, settings, queries)
+
+
+def _write_chains(run: Path, store: Store, config: Config, queries: Path | str | None) -> Path:
+    output = config.output
+    if queries is None:
+        points = grid_queries(store.video_size, output.frame, output.grid)
+    else:
+        points = load_queries(queries)
+    path = run / "chains.npz"
+    with _timed(run, "chains") as record:
+        tracks = Reader(store, None, output.chunk).tracks(points)
+        tracks.save(path)
+        record["visible"] = round(float(tracks.visible.mean()), 4)
+        record["median_sigma"] = round(float(np.median(tracks.sigma)), 3)
+    return path
+
+
+def default_run(video: Path | str) -> Path:
+    """`runs/NAME`, where nothing else is asked for."""
+    return Path("runs") / Path(video).stem
 
 
 def track_baseline(
@@ -324,6 +365,19 @@ def _make_folder(folder: Path) -> None:
         raise OmniError(
             f"cannot write into {folder} ({error.strerror}): choose another folder with -o"
         ) from None
+
+
+def _resized(tracks: Tracks, size: tuple[int, int]) -> Tracks:
+    """The same tracks in pixels of a frame of another `size` (H, W)."""
+    points = tracks.query_points.copy()
+    points[:, :0:-1] = rescale(points[:, :0:-1], tracks.size, size)
+    return dataclasses.replace(
+        tracks,
+        tracks=rescale(tracks.tracks, tracks.size, size),
+        sigma=tracks.sigma * np.float32(size[0] / tracks.size[0]),
+        query_points=points,
+        size=size,
+    )
 
 
 def _matches(run: Path) -> Tracks | None:

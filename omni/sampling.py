@@ -130,7 +130,10 @@ class CorrespondenceSampler:
     def _draw_tracks(self, pairs: int) -> Batch:
         """Random pairs of frames, and tracks seen in both."""
         tracks, points = self.tracks, self.config.points
-        ends = torch.randint(tracks.seen.shape[1], (2, pairs), generator=self.generator)
+        frames = tracks.seen.shape[1]
+        ends = torch.randint(frames, (2, pairs), generator=self.generator)
+        # Never the same frame twice.
+        ends[1] = (ends[0] + 1 + ends[1] % (frames - 1)) % frames
         both = tracks.seen[:, ends[0]] * tracks.seen[:, ends[1]]
         chance = both.T + 1e-9
         index = torch.multinomial(chance, points, replacement=True, generator=self.generator)
@@ -140,7 +143,7 @@ class CorrespondenceSampler:
         pixel = xy.long()
         x, y = pixel[..., 0].clamp(0, self.width - 1), pixel[..., 1].clamp(0, self.height - 1)
         color = self.frames[source[:, None], y.to(self.device), x.to(self.device)].float() / 255
-        visible = both.T.gather(1, index) * (ends[0] != ends[1])[:, None]
+        visible = both.T.gather(1, index)
         xy, target_xy, sigma, visible = (
             value.to(self.device) for value in (xy, target_xy, sigma, visible)
         )

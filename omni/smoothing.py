@@ -46,10 +46,12 @@ class Curves:
         return np.einsum("nc,ncd->nd", basis, self.control).astype(np.float32)
 
     def velocity(self, times: np.ndarray) -> np.ndarray:
-        """Pixels per frame `(N, M, 2)`, by central differences of the curve."""
-        half = 0.05
+        """Pixels per frame `(N, M, 2)` by differences of the curve, one-sided at its ends."""
+        half, end = 0.05, (self.control.shape[1] - 3) * self.spacing
         times = np.asarray(times, np.float64)
-        return (self.at(times + half) - self.at(times - half)) / np.float32(2 * half)
+        before, after = np.maximum(times - half, 0), np.minimum(times + half, end)
+        change = self.at(after) - self.at(before)
+        return change / (after - before)[:, None].astype(np.float32)
 
 
 def fit_curves(xy: np.ndarray, weight: np.ndarray) -> Curves:

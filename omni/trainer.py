@@ -16,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni import losses, rendering
+from omni.camera import global_motion
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import Config, digest, to_dict
 from omni.coords import denormalize, normalize
 from omni.errors import OmniError
-from omni.initialize import chain_tracks, global_motion, imported_tracks, surface_depth
+from omni.initialize import chain_tracks, imported_tracks, surface_depth
 from omni.model import Field, Rays
 from omni.sampling import Batch, CorrespondenceSampler, LongTracks
 from omni.schedules import gap_limit, learning_rate

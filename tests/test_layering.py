@@ -11,12 +11,12 @@ REPO = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     "errors config coords schedules splines textures surfaces scenes",  # nothing but numbers
-    "decoding images video store tracks links",  # files
+    "decoding images video store tracks links camera integration smoothing appearance",  # files
     "networks bijection canonical rendering",  # tensors
     "model",
     "losses sampling initialize",
     "checkpoint trainer",
-    "smoothing integration fusion readout truth metrics baselines overlay viz board summaries"
+    "confidence fusion readout truth metrics baselines overlay viz board summaries"
     " synthetic",  # results
     "run cli",
 ]

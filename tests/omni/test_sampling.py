@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from omni.config import SamplingConfig
-from omni.sampling import Batch, CorrespondenceSampler
+from omni.sampling import Batch, CorrespondenceSampler, LongTracks
 
 PLAIN = SamplingConfig(pairs=64, points=16, mining=0.0, held_out=0.0)
 
@@ -180,3 +180,80 @@ def test_a_store_without_one_reliable_pixel_still_gives_batches(write_store, sce
     flows = {pair: scene.flow(*pair) for pair in pairs}
     draws = sampler(write_store(tmp_path, frames, pairs, flows, nothing), held_out=0.05)
     assert draws.draw(32).visible.sum() == 0 and draws.held_out(100).visible.sum() == 0
+
+
+def true_tracks(scene, count=300, seed=0):
+    """Exact tracks of points of both layers, each unseen in a third of the frames, NaN-free."""
+    rng = np.random.default_rng(seed)
+    xy = rng.uniform([8, 6], [24, 18], (count, 2))
+    positions = np.stack([scene.track(xy, 0, t) for t in range(scene.num_frames)], 1)
+    seen = rng.uniform(size=positions.shape[:2]) < 2 / 3
+    spoilt = np.where(seen[..., None], positions, -1000)
+    sigma = rng.uniform(0.3, 2, seen.shape)
+    return LongTracks(*(torch.from_numpy(v.astype(np.float32)) for v in (spoilt, sigma, seen)))
+
+
+def with_tracks(store, long, **changes):
+    generator, config = torch.Generator().manual_seed(0), replace(PLAIN, **changes)
+    return CorrespondenceSampler(store, config, 1.5, torch.device("cpu"), generator, long)
+
+
+def test_long_tracks_are_drawn_where_both_ends_are_seen_at_any_distance_in_time(small_store, scene):
+    tracks = true_tracks(scene)
+    batch = with_tracks(small_store, tracks, tracks=0.5).draw(1)
+    assert batch.xy.shape == (64, 16, 2)
+    gaps = (batch.target - batch.source).abs()
+    assert set(gaps[:32].tolist()) == {1}, "flows keep to the gap limit"
+    assert set(gaps[32:].tolist()) >= {2, 3, 4, 5}
+    for k in range(32, 64):
+        source, target = int(batch.source[k]), int(batch.target[k])
+        away = (batch.xy[k][:, None] - tracks.xy[:, source]).norm(dim=-1)
+        which = away.argmin(1)
+        assert away.min(1).values.max() == 0, "each is one of the tracks"
+        assert torch.equal(batch.target_xy[k], tracks.xy[which, target])
+        assert tracks.seen[which, source].all() and tracks.seen[which, target].all()
+        assert (batch.visible[k] == float(source != target)).all() and not batch.hidden[k].any()
+        sigma = torch.hypot(tracks.sigma[which, source], tracks.sigma[which, target])
+        assert torch.allclose(batch.sigma[k], sigma)
+        row, column = batch.xy[k].long().flip(-1).clamp(min=0).unbind(-1)
+        color = torch.from_numpy(small_store.frames[source])[
+            row.clamp(max=23), column.clamp(max=31)
+        ]
+        assert torch.equal(batch.color[k], color / 255)
+
+
+def test_a_track_seen_in_one_frame_alone_never_counts(small_store, scene):
+    tracks = true_tracks(scene, 40)
+    tracks.seen.zero_()
+    tracks.seen[:, 2] = 1
+    batch = with_tracks(small_store, tracks, tracks=0.5).draw(32)
+    assert batch.visible[32:].sum() == 0
+
+
+def test_the_share_of_tracks_is_as_configured_and_none_without_tracks(small_store, scene):
+    tracks = true_tracks(scene)
+    for share, flows in ((0.0, 64), (0.25, 48), (0.9, 6)):
+        batch = with_tracks(small_store, tracks, tracks=share).draw(32)
+        centred = (batch.xy % 1 == 0.5).all(-1).all(-1)
+        assert int(centred.sum()) == flows and len(batch.source) == 64
+    plain = with_tracks(small_store, None, tracks=0.5).draw(32)
+    assert len(plain.source) == 64 and (plain.xy % 1 == 0.5).all()
+
+
+def test_residuals_of_tracks_are_mined_like_those_of_flows(small_store, scene):
+    """Also where a track has left the frame."""
+    tracks = true_tracks(scene)
+    tracks.xy += 20
+    draws = with_tracks(small_store, tracks, tracks=0.5, mining=0.5)
+    batch = draws.draw(32)
+    draws.report(batch, torch.full(batch.visible.shape, 5.0))
+    assert torch.isfinite(draws.residual).all() and draws.draw(32).xy.shape == (64, 16, 2)
+
+
+def test_joined_tracks_hold_both_sets(small_store, scene):
+    first, second = true_tracks(scene, 7), true_tracks(scene, 5, seed=1)
+    both = first.joined(second)
+    assert both.xy.shape == (12, 6, 2) and both.sigma.shape == both.seen.shape == (12, 6)
+    for name, value in vars(both).items():
+        assert torch.equal(value[:7], getattr(first, name))
+        assert torch.equal(value[7:], getattr(second, name))

@@ -1,0 +1,116 @@
+"""How sure we are: visibility, trust and standard deviation from scale-free cues.
+
+Three small models share the cues of every point and frame: P(visible), the probability shown to
+users; P(visible and within 6 px), whose threshold decides the `visible` flag, since Average
+Jaccard charges a visible-but-wrong point twice; and log sigma. Their coefficients are data,
+`omni/calibration.json`, fitted on generated clips by `scripts/calibrate.py`.
+
+Letters: N points, T frames, F cues.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from omni.integration import LOOSE, LOST, STRICT, Chains
+
+__all__ = ["CUES", "FIELD_CUES", "Judgement", "cues", "judge"]
+
+CUES = (
+    "one strict loose log_sigma log_error agree log_away log_age strict_share zncc strict_zncc "
+    "log_tint"
+).split()
+FIELD_CUES = "strict_apart loose_apart field_visibility strict_field lost_field".split()
+
+TRUSTED = 0.35
+"""Least P(visible and within 6 px) of a point called visible: near J / (1 + J) at J = 0.6."""
+
+_FAR = 20.0
+_PATH = Path(__file__).with_name("calibration.json")
+
+
+@dataclass
+class Judgement:
+    """visibility, sigma: (N, T) float32; visible: (N, T) bool. Sigma in processing pixels."""
+
+    visibility: np.ndarray
+    sigma: np.ndarray
+    visible: np.ndarray
+
+
+def cues(
+    chains: Chains,
+    query_frames: np.ndarray,
+    short_side: int,
+    similarity: tuple[np.ndarray, np.ndarray],
+    field: tuple[np.ndarray, np.ndarray] | None,
+) -> np.ndarray:
+    """Cues `(N, T, F)` in the order of CUES, then FIELD_CUES with a field.
+
+    Lengths are counted at a short side of 256 pixels, so that they mean the same at any size.
+
+    Args:
+        chains: integrated flows.
+        query_frames: (N,).
+        short_side: of the processing size, pixels.
+        similarity: correlation and colour distance (N, T), see `omni.appearance`.
+        field: its positions (N, T, 2) and visibility (N, T), or None.
+    """
+    scale = 256 / short_side
+    level = chains.level.T
+    strict, loose, lost = level == STRICT, level == LOOSE, level == LOST
+    sigma = np.where(lost, _FAR, np.minimum(chains.sigma.T * scale, _FAR))
+    error = np.where(lost, _FAR, np.minimum(chains.error.T * scale, _FAR))
+    times = np.arange(level.shape[1])
+    zncc, tint = similarity
+    values = [
+        np.ones_like(sigma),
+        strict,
+        loose,
+        np.log(sigma + 0.1),
+        np.log(error + 0.1),
+        np.minimum(chains.agree.T, 6) / 6,
+        np.log1p(np.minimum(frames_away(strict), 30)),
+        np.log1p(np.abs(times - query_frames[:, None])),
+        np.broadcast_to(strict.mean(1, keepdims=True), strict.shape),
+        zncc,
+        strict * zncc,
+        np.log(tint + 2),
+    ]
+    if field is not None:
+        apart = np.linalg.norm(chains.xy.transpose(1, 0, 2) - field[0], axis=-1) * scale
+        doubt, seen = np.log(apart + 0.5), field[1]
+        values += [strict * doubt, loose * doubt, seen, strict * seen, lost * seen]
+    return np.stack([np.asarray(value, np.float32) for value in values], axis=-1)
+
+
+def frames_away(known: np.ndarray) -> np.ndarray:
+    """Frames from each entry of `(N, T)` to the nearest known one of its row."""
+    times, never = np.arange(known.shape[1]), 10**6
+    before = np.maximum.accumulate(np.where(known, times, -never), axis=1)
+    after = np.minimum.accumulate(np.where(known, times, never)[:, ::-1], axis=1)[:, ::-1]
+    return np.minimum(times - before, after - times)
+
+
+def judge(values: np.ndarray, short_side: int) -> Judgement:
+    """Apply the calibrated models to `cues`, with or without the field's."""
+    kind = "fused" if values.shape[-1] > len(CUES) else "chains"
+    weights = _calibration()[kind]
+    visibility, trust, log_sigma = (
+        values @ np.asarray(weights[name], np.float32)
+        for name in ("visibility", "trust", "log_sigma")
+    )
+    sigma = np.exp(np.clip(log_sigma, np.log(0.05), np.log(128.0))) * (short_side / 256)
+    return Judgement(_logistic(visibility), sigma, _logistic(trust) > TRUSTED)
+
+
+@cache
+def _calibration() -> dict:
+    return json.loads(_PATH.read_text(encoding="utf-8"))
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
