@@ -75,10 +75,10 @@ def pixel_centers(size: tuple[int, int], stride: int = 1) -> np.ndarray:
     """Raster coordinates `(h', w', 2)` float32 of every `stride`-th pixel centre of a frame.
 
     The first point lies at the centre of the first stride-by-stride cell, so that a strided grid
-    is centred in the frame like the full one.
+    is centred in the frame like the full one. A frame smaller than one cell gets its centre.
     """
-    x = np.arange(stride / 2, size[1], stride, dtype=np.float32)
-    y = np.arange(stride / 2, size[0], stride, dtype=np.float32)
+    x = np.arange(min(stride, size[1]) / 2, size[1], stride, dtype=np.float32)
+    y = np.arange(min(stride, size[0]) / 2, size[0], stride, dtype=np.float32)
     return np.stack(np.meshgrid(x, y, indexing="xy"), axis=-1)
 
 

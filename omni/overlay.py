@@ -126,7 +126,8 @@ def _overlay(
 
 
 def _enlarge(frame: np.ndarray) -> np.ndarray:
-    factor = max(1, round(480 / min(frame.shape[:2])))
+    # Very elongated frames must not outgrow what video encoders take.
+    factor = max(1, min(round(480 / min(frame.shape[:2])), 3840 // max(frame.shape[:2])))
     if factor == 1:
         return np.ascontiguousarray(frame)
     return cv2.resize(frame, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from omni.checkpoint import load_checkpoint
 from omni.config import Config, apply, load_config, to_yaml
-from omni.coords import grid_queries, rescale
+from omni.coords import grid_queries, pixel_centers, rescale
 from omni.errors import OmniError
 from omni.model import Field
 from omni.overlay import draw_tracks
@@ -408,7 +408,7 @@ def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:
 def _export_dense(run: Run, path: Path, frame: float, stride: int, times) -> None:
     """Every grid pixel as (H', W', T, ...) arrays, through memory-mapped temporary files."""
     height, width = run.store.video_size
-    rows = len(np.arange(stride / 2, height, stride))
+    rows = len(pixel_centers((height, width), stride))
     points = grid_queries((height, width), frame, stride).reshape(rows, -1, 3)
     columns = points.shape[1]
     count = run.store.num_frames if times is None else len(times)

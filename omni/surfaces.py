@@ -5,6 +5,7 @@ at any real-valued time, so that rays, tracks and flow are exact by construction
 y down, z away from the camera; lengths in scene units, time in frames. Letters: N rays or points.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ class Camera:
 
 
 @dataclass(frozen=True)
-class Surface:
+class Surface(ABC):
     """What all surfaces share: a rigid pose over time, a texture and its repeats per unit.
 
     place, turn: position and rotation vector of the body frame over time.
@@ -80,29 +81,29 @@ class Surface:
     repeats: float = 1.0
 
     @property
+    @abstractmethod
     def radius(self) -> float:
         """Of a sphere about the body origin that holds the surface; infinite without bound."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hit(self, origin, directions, t: float) -> tuple[np.ndarray, np.ndarray]:
         """Nearest intersections: ray parameter (N,), inf where missed, and material (N, 3)."""
-        raise NotImplementedError
 
     def locate(self, material: np.ndarray, t: float) -> np.ndarray:
         """Where material points (N, 3) are in space at time t, (N, 3)."""
         return self.shape(material, t) @ _rotation(self.turn, t).T + self.place(t)
 
+    @abstractmethod
     def shape(self, material: np.ndarray, t: float) -> np.ndarray:
         """Where material points are in the body frame: the non-rigid part of the motion."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chart(self, material: np.ndarray) -> np.ndarray:
         """Texture coordinates (N, 2) of material points."""
-        raise NotImplementedError
 
+    @abstractmethod
     def normal(self, material: np.ndarray, t: float) -> np.ndarray:
         """Unit normals (N, 3) in space."""
-        raise NotImplementedError
 
     def _local(self, origin, directions, t: float) -> tuple[np.ndarray, np.ndarray]:
         rotation = _rotation(self.turn, t)

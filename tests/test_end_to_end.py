@@ -257,3 +257,21 @@ def _outside_the_repository(tmp_path_factory):
     before = set(Path().iterdir())
     yield
     assert set(Path().iterdir()) - before <= {Path(".pytest_cache"), Path(".hypothesis")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(40, 1), (16, 128)])
+def test_extreme_shapes_finish_with_finite_tracks(shape, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    texture = np.random.default_rng(0).integers(0, 255, (shape[0], shape[1] + 3, 3), np.uint8)
+    for t in range(3):
+        iio.imwrite(frames / f"{t}.png", texture[:, t : t + shape[1]])
+    run = tmp_path / "run"
+    result = command(
+        "optimize", frames, "-o", run, "--config", "cpu", *TINY, "--set=optim.steps=20"
+    )
+    assert result.returncode == 0, result.stderr
+    tracks = omni.Tracks.load(run / "tracks.npz")
+    assert len(tracks.tracks) > 0
+    assert np.isfinite(tracks.tracks).all() and np.isfinite(tracks.sigma).all()
