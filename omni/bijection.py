@@ -105,6 +105,9 @@ class Coupling(nn.Module):
 class RealNVP(nn.Module):
     """Stack of couplings conditioned on a frame code; exactly invertible in closed form.
 
+    Points may be more precise than the networks: double points through single networks come back
+    to 1e-9, since both directions then see bitwise the same conditions.
+
     Args:
         code: module mapping `(K,)` times to `(K, code_dim)`.
         code_dim: its width.
@@ -160,10 +163,10 @@ class RealNVP(nn.Module):
 
     def _sweep(self, points: Tensor, pairs: list, inverse: bool) -> tuple[Tensor, Tensor]:
         values = list(points.unbind(-1))
-        encoded = [positional_encoding(v, self.octaves) for v in values]
+        encoded = [self._encode(v, pairs) for v in values]
         log_det = torch.zeros_like(values[0])
         for layer, embedding in pairs:
-            scale, shift = layer.scale_shift(encoded, embedding)
+            scale, shift = (v.to(points.dtype) for v in layer.scale_shift(encoded, embedding))
             axis = layer.axis
             if inverse:
                 values[axis] = values[axis] * scale.exp() + shift
@@ -171,8 +174,12 @@ class RealNVP(nn.Module):
             else:
                 values[axis] = (values[axis] - shift) * (-scale).exp()
                 log_det = log_det - scale
-            encoded[axis] = positional_encoding(values[axis], self.octaves)
+            encoded[axis] = self._encode(values[axis], pairs)
         return torch.stack(values, dim=-1), log_det
+
+    def _encode(self, value: Tensor, pairs: list) -> Tensor:
+        """Encoding in the networks' precision, whatever the points'."""
+        return positional_encoding(value.to(pairs[0][1].dtype), self.octaves)
 
 
 class GlobalMotion(nn.Module):
@@ -194,12 +201,14 @@ class GlobalMotion(nn.Module):
     @staticmethod
     def apply(points: Tensor, matrix: Tensor) -> Tensor:
         """Local `(K, N, 3)` to stabilised."""
+        matrix = matrix.to(points.dtype)
         xy = points[..., :2] @ matrix[..., :2].mT + matrix[..., None, :, 2]
         return torch.cat([xy, points[..., 2:]], dim=-1)
 
     @staticmethod
     def undo(points: Tensor, matrix: Tensor) -> Tensor:
         """Stabilised `(K, N, 3)` to local: the exact inverse of `apply`."""
+        matrix = matrix.to(points.dtype)
         a, b, c, d = matrix[..., :2].flatten(-2).unbind(-1)
         adjugate = torch.stack([d, -b, -c, a], dim=-1).unflatten(-1, (2, 2))
         inverse = adjugate / (a * d - b * c)[..., None, None]

@@ -52,6 +52,11 @@ class CanonicalVolume(nn.Module):
                 nn.Linear(self.encoding.width, hidden), nn.ReLU(), nn.Linear(hidden, 4)
             )
 
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """Precision of the networks."""
+        return next(self.network.parameters()).dtype
+
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Density `(...)`, non-negative, and colour `(..., 3)` in [0, 1] of points `(..., 3)`."""
         x = contract(points)

@@ -132,8 +132,11 @@ class Field(nn.Module):
         return points if self.motion is None else GlobalMotion.apply(points, self.motion.at(times))
 
     def to_canonical(self, times: Tensor, points: Tensor) -> Tensor:
-        """Map `(K, N, 3)` local points (x, y, depth) at `(K,)` times into canonical space."""
-        local = self.stabilize(times, _centered(points))
+        """Map `(K, N, 3)` local points (x, y, depth) at `(K,)` times into canonical space.
+
+        In `eval` mode points are carried in double precision, here and in `from_canonical`.
+        """
+        local = self.stabilize(times, _centered(self._carried(points)))
         return self.bijection(local, self.bijection.embed(times))[0]
 
     def from_canonical(self, times: Tensor, points: Tensor, stabilized: bool = False) -> Tensor:
@@ -142,7 +145,7 @@ class Field(nn.Module):
         The exact inverse of `to_canonical`. With `stabilized`, x and y stay in the stabilised
         plane, where a static scene does not move.
         """
-        local = self.bijection.inverse(points, self.bijection.embed(times))[0]
+        local = self.bijection.inverse(self._carried(points), self.bijection.embed(times))[0]
         if self.motion is not None and not stabilized:
             local = GlobalMotion.undo(local, self.motion.at(times))
         return _uncentered(local)
@@ -158,7 +161,7 @@ class Field(nn.Module):
         Returns:
             Rays with `(K, N, S)` samples.
         """
-        samples = self.render.samples
+        samples, xy = self.render.samples, xy.to(self.volume.network_dtype)
         if self.surface is None:
             depth = rendering.uniform_depths(samples, xy[..., 0], jitter)
             step = rendering.UNIT_STEP * 31 / max(samples - 1, 1)
@@ -170,8 +173,8 @@ class Field(nn.Module):
             depth = rendering.guided_depths(surface, samples, half, jitter)
             step = 2 * half / max(samples - 1, 1)
         points = torch.cat([xy[..., None, :].expand(*depth.shape, 2), depth[..., None]], dim=-1)
-        canonical = self.to_canonical(times, points.flatten(1, 2)).view_as(points)
-        density, color = self.volume(canonical)
+        canonical = self.to_canonical(times, points.flatten(1, 2)).view(points.shape)
+        density, color = self.volume(canonical.to(depth.dtype))
         weight = rendering.weights(rendering.alpha(density, step))
         return Rays(canonical, depth, weight, color, step)
 
@@ -188,10 +191,13 @@ class Field(nn.Module):
             `(K, N, 3)` composited x, y, depth and `(K, N, S, 3)` all mapped samples.
         """
         flat = rays.canonical.flatten(1, 2)
-        mapped = self.from_canonical(times, flat).view_as(rays.canonical)
+        mapped = self.from_canonical(times, flat).view(rays.canonical.shape)
         depth = mapped[..., 2].detach()
         in_range = (depth > rendering.NEAR) & (depth < rendering.FAR)
         return rendering.composite(rays.weight * in_range, mapped), mapped
+
+    def _carried(self, points: Tensor) -> Tensor:
+        return points if self.training else points.double()
 
     def seen_depth(self, times: Tensor, xy: Tensor) -> Tensor:
         """Depth `(K, N)` of the surface visible at normalised `xy` `(K, N, 2)`."""

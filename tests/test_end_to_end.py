@@ -99,17 +99,18 @@ def test_a_finished_run_is_left_alone_and_a_moved_one_still_answers(finished, cl
 
 
 @pytest.mark.slow
-def test_fitted_field_inverts_to_a_ten_thousandth_of_a_pixel(finished):
+def test_fitted_float32_field_inverts_far_below_a_ten_thousandth_of_a_pixel(finished):
     import torch
 
     field = omni.load(finished).reader.field
     points = torch.rand(8, 500, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     points[..., 2] += 1
     times = torch.arange(8.0)
+    assert next(field.parameters()).dtype == torch.float32
     with torch.no_grad():
         back = field.from_canonical(times, field.to_canonical(times, points))
     pixels = (back - points)[..., :2].abs() * torch.tensor([48.0, 32.0])
-    assert pixels.max() < 1e-4
+    assert pixels.max() < 1e-7
 
 
 @pytest.mark.slow
