@@ -201,7 +201,7 @@ class OptimConfig:
     """Adam"""
     evaluate_every: int = 250
     """steps between held-out evaluations"""
-    patience: int = 0
+    patience: int = 8
     """held-out evaluations without improvement before stopping; 0: never stop early"""
     checkpoint_seconds: float = 60.0
     """seconds between checkpoints"""

@@ -8,13 +8,9 @@
 """
 
 import dataclasses
-import json
 import logging
-import resource
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +20,13 @@ from tqdm import tqdm
 
 from omni.checkpoint import load_checkpoint
 from omni.config import Config, apply, load_config, to_yaml
-from omni.coords import grid_queries, pixel_centers, rescale
+from omni.coords import grid_queries, rescale
+from omni.dense import write_dense
 from omni.errors import OmniError
 from omni.model import Field
 from omni.overlay import draw_tracks
 from omni.readout import Reader
+from omni.report import read_report, timed
 from omni.store import Store, write_atomic
 from omni.summaries import Summaries
 from omni.tracks import Tracks, load_queries
@@ -107,7 +105,7 @@ def preprocess_video(
     settings = load_config(choose_config(run, config))
     _make_folder(run)
     write_atomic(run / "config.yaml", to_yaml(settings).encode())
-    with _timed(run, "preprocess") as record:
+    with timed(run, "preprocess") as record:
         store = prepare(video, run, settings, masks)
         record["pairs"] = len(store.pairs)
         record["store_bytes"] = sum(f.stat().st_size for f in store.folder.iterdir())
@@ -132,7 +130,7 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
         return
     write_atomic(run / "config.yaml", to_yaml(settings).encode())
     events = run / "tensorboard"
-    with _timed(run, "fit") as record, Summaries(events, settings, step) as summaries:
+    with timed(run, "fit") as record, Summaries(events, settings, step) as summaries:
         callbacks = summaries.scalars, summaries.images
         trainer = Trainer(store, settings, checkpoint, device, *callbacks, matches)
         trainer.run()
@@ -184,9 +182,9 @@ def export(
     opened = load(run)
     frame = opened.config.output.frame if frame is None else frame
     _make_folder(path.parent)
-    with _timed(run, "export"):
+    with timed(run, "export"):
         if dense:
-            _export_dense(opened, path, frame, grid or 1, times)
+            write_dense(opened.reader, path, frame, grid or 1, times)
             return
         if queries is None:
             stride = grid or opened.config.output.grid
@@ -223,7 +221,7 @@ def _write_chains(run: Path, store: Store, config: Config, queries: Path | str |
     else:
         points = load_queries(queries)
     path = run / "chains.npz"
-    with _timed(run, "chains") as record:
+    with timed(run, "chains") as record:
         tracks = Reader(store, None, output.chunk).tracks(points)
         tracks.save(path)
         record["visible"] = round(float(tracks.visible.mean()), 4)
@@ -260,7 +258,7 @@ def visualize(run: Path | str) -> None:
     if not tracks_path.is_file():
         export(run, tracks_path)
     tracks = Tracks.load(tracks_path)
-    with _timed(run, "visualize"):
+    with timed(run, "visualize"):
         shown = _overlay_tracks(opened, tracks)
         write_video(run / "overlay.mp4", draw_tracks(store.frames, shown), store.fps)
         step = -(-store.num_frames // output.render_frames)
@@ -302,7 +300,7 @@ class Run:
     @property
     def report(self) -> dict[str, Any]:
         """Contents of `report.json`."""
-        return _read_report(self.folder)
+        return read_report(self.folder)
 
     def tracks(self, query_points: np.ndarray, times: np.ndarray | None = None) -> Tracks:
         """Trajectories of `(N, 3)` queries `(t, y, x)`; see `Reader.tracks`."""
@@ -403,70 +401,3 @@ def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:
         return tracks
     stride = run.config.output.grid * every
     return run.reader.dense(float(tracks.query_points[0, 0]), stride)
-
-
-def _export_dense(run: Run, path: Path, frame: float, stride: int, times) -> None:
-    """Every grid pixel as (H', W', T, ...) arrays, through memory-mapped temporary files."""
-    height, width = run.store.video_size
-    rows = len(pixel_centers((height, width), stride))
-    points = grid_queries((height, width), frame, stride).reshape(rows, -1, 3)
-    columns = points.shape[1]
-    count = run.store.num_frames if times is None else len(times)
-    layout = {"tracks": ((2,), "f4"), "visible": ((), "?"), "visibility": ((), "f4")}
-    layout["sigma"] = ((), "f4")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        arrays = {
-            name: np.lib.format.open_memmap(
-                Path(folder) / f"{name}.npy", "w+", dtype, (rows, columns, count, *tail)
-            )
-            for name, (tail, dtype) in layout.items()
-        }
-        band = max(1, 4 * run.config.output.chunk // columns)
-        for row in tqdm(range(0, rows, band), desc="export", unit="band", disable=None):
-            part = run.tracks(points[row : row + band].reshape(-1, 3), times)
-            for name, array in arrays.items():
-                values = getattr(part, name)
-                array[row : row + band] = values.reshape(-1, columns, *values.shape[1:])
-        temporary = Path(folder) / "dense.npz"
-        np.savez(
-            temporary,
-            **arrays,
-            query_points=points,
-            size=np.asarray((height, width)),
-            fps=run.store.fps,
-            format_version=1,
-        )
-        temporary.replace(path)
-
-
-@contextmanager
-def _timed(run: Path, stage: str) -> Iterator[dict[str, Any]]:
-    """Add the stage's wall time, peak memory and whatever it notes to `report.json`.
-
-    Times of an interrupted and continued stage add up.
-    """
-    start = time.monotonic()
-    record: dict[str, Any] = {}
-    try:
-        yield record
-    finally:
-        report = _read_report(run)
-        stages = report.setdefault("stages", {})
-        before = stages.get(stage, {}).get("seconds", 0.0) if stage in ("preprocess", "fit") else 0
-        record["seconds"] = round(before + time.monotonic() - start, 2)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        record["peak_memory_mb"] = round(peak / 1024)
-        if torch.cuda.is_available():
-            record["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        stages[stage] = {**stages.get(stage, {}), **record}
-        if run.is_dir():
-            write_atomic(run / "report.json", json.dumps(report, indent=1).encode())
-
-
-def _read_report(run: Path) -> dict[str, Any]:
-    path = run / "report.json"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}

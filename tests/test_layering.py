@@ -16,7 +16,7 @@ LEVELS = [
     "model",
     "losses sampling initialize",
     "checkpoint trainer",
-    "confidence fusion readout truth metrics baselines overlay viz board summaries"
+    "confidence fusion readout dense report truth metrics baselines overlay viz board summaries"
     " synthetic",  # results
     "run cli",
 ]
