@@ -4,6 +4,7 @@ Letters: N points, T times, S samples per ray.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,9 +48,14 @@ class Reader:
         self.links, self.field, self.chunk = Links(store), field, chunk
         self.size, self.video_size, self.fps = store.size, store.video_size, store.fps
         self.num_frames, self.frames = store.num_frames, store.frames
-        threshold = store.meta("evidence")["threshold"]
-        self.camera = Camera(global_motion(store, threshold), store.size)
+        self._store = store
         self.device = torch.device("cpu") if field is None else next(field.parameters()).device
+
+    @cached_property
+    def camera(self) -> Camera:
+        """The video's global motion, fitted when the first track asks: pictures need none."""
+        threshold = self._store.meta("evidence")["threshold"]
+        return Camera(global_motion(self._store, threshold), self.size)
 
     def tracks(
         self,
