@@ -6,7 +6,7 @@ Letters: N points, T frames, P samples per patch. Raster pixels of the processin
 import cv2
 import numpy as np
 
-__all__ = ["similarity"]
+__all__ = ["alike", "similarity"]
 
 RADIUS, STEP = 6, 1.5
 """Patches of 13 x 13 samples, 1.5 pixels apart at a short side of 256."""
@@ -29,9 +29,7 @@ def similarity(
         distance of the patches' mean colours in grey levels.
     """
     count, num_frames = xy.shape[:2]
-    step = STEP * min(frames.shape[1:3]) / 256
-    ticks = np.arange(-RADIUS, RADIUS + 1, dtype=np.float32) * step
-    offsets = np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
+    offsets = _offsets(frames)
     template = np.empty((count, len(offsets)), np.float32)
     tint = np.empty((count, 3), np.float32)
     for t in np.unique(query_frames):
@@ -46,18 +44,38 @@ def similarity(
     return correlation, distance
 
 
+def alike(
+    frames: np.ndarray, source: int, xy: np.ndarray, target: int, other: np.ndarray
+) -> np.ndarray:
+    """Correlation `(n,)` of the patches around points `(n, 2)` of two frames, as `similarity`."""
+    offsets = _offsets(frames)
+    first, _ = _patches(frames[source], xy, offsets)
+    second, _ = _patches(frames[target], other, offsets)
+    return (first * second).sum(-1)
+
+
+def _offsets(frames: np.ndarray) -> np.ndarray:
+    """Samples `(P, 2)` of a patch relative to its centre."""
+    ticks = np.arange(-RADIUS, RADIUS + 1, dtype=np.float32) * STEP * min(frames.shape[1:3]) / 256
+    return np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
+
+
 def _patches(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray):
     """Unit-norm zero-mean grey patches `(n, P)` and mean colours `(n, 3)` around points."""
-    where = (xy[:, None] + offsets - 0.5).astype(np.float32)
-    colors = cv2.remap(
-        np.ascontiguousarray(image),
-        where[..., 0],
-        where[..., 1],
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    ).astype(np.float32)
+    image = np.ascontiguousarray(image)
+    # OpenCV refuses maps of no rows and of more than 2^15.
+    parts = [_colors(image, xy[i : i + 16384], offsets) for i in range(0, len(xy), 16384)]
+    colors = np.concatenate(parts) if parts else np.zeros((0, len(offsets), 3), np.float32)
     gray = colors @ _GRAY
     gray -= gray.mean(-1, keepdims=True)
     # Two grey levels of texture are noise: they must not be blown up to full contrast.
     norm = np.maximum(np.linalg.norm(gray, axis=-1, keepdims=True), 2 * np.sqrt(len(offsets)))
     return gray / norm, colors.mean(1)
+
+
+def _colors(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    where = (xy[:, None] + offsets - 0.5).astype(np.float32)
+    x, y = where[..., 0], where[..., 1]
+    return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).astype(
+        np.float32
+    )

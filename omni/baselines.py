@@ -36,6 +36,9 @@ both directions of a pair, at most twice each."""
 
 _GAPS = (32, 16, 8, 4, 2, 1)
 
+_SIGMA = (0.25, 0.6)
+"""Standard deviation of a link: floor in pixels, and slope in its forward-backward error."""
+
 
 def baseline(
     store: Store,
@@ -165,7 +168,8 @@ def _sweep(state: _State, links: _Links, method: Method, step: int, threshold: f
     for target in range(links.num_frames)[::step]:
         for source, rows in _candidates(state, links, method, paths, target, step):
             xy, error = links.follow(source, target, state.xy[source, rows])
-            sigma = np.hypot(state.sigma[source, rows], links.sigma(error))
+            link = _SIGMA[0] + _SIGMA[1] * error
+            sigma = np.hypot(state.sigma[source, rows], link)
             visible = state.visible[source, rows] & (error < threshold) & inside(xy, links.size)
             state.offer(target, rows, xy, sigma, visible)
         if 0 <= target - step < links.num_frames:

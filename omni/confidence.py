@@ -2,8 +2,8 @@
 
 Three small models share the cues of every point and frame: P(visible), the probability shown to
 users; P(visible and within 6 px), whose threshold decides the `visible` flag, since Average
-Jaccard charges a visible-but-wrong point twice; and log sigma. Their coefficients are data,
-`omni/calibration.json`, fitted on generated clips by `scripts/calibrate.py`.
+Jaccard charges a visible-but-wrong point twice; and log sigma. Their coefficients and thresholds
+are data, `omni/calibration.json`, fitted on generated clips by `scripts/calibrate.py`.
 
 Letters: N points, T frames, F cues.
 """
@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from omni.integration import LOOSE, LOST, STRICT, Chains
 
@@ -21,12 +22,12 @@ __all__ = ["CUES", "FIELD_CUES", "Judgement", "cues", "judge"]
 
 CUES = (
     "one strict loose log_sigma log_error agree log_away log_age strict_share zncc strict_zncc "
-    "log_tint"
+    "log_tint covered log_stretch"
 ).split()
 FIELD_CUES = "strict_apart loose_apart field_visibility strict_field lost_field".split()
 
-TRUSTED = 0.35
-"""Least P(visible and within 6 px) of a point called visible: near J / (1 + J) at J = 0.6."""
+FLICKER = 3
+"""Frames over which the median of P(visible and near) decides: a flag does not change for one."""
 
 _FAR = 20.0
 _PATH = Path(__file__).with_name("calibration.json")
@@ -79,6 +80,8 @@ def cues(
         zncc,
         strict * zncc,
         np.log(tint + 2),
+        chains.covered.T,
+        np.log(np.clip(chains.stretch.T, 1, 8)),
     ]
     if field is not None:
         apart = np.linalg.norm(chains.xy.transpose(1, 0, 2) - field[0], axis=-1) * scale
@@ -104,7 +107,8 @@ def judge(values: np.ndarray, short_side: int) -> Judgement:
         for name in ("visibility", "trust", "log_sigma")
     )
     sigma = np.exp(np.clip(log_sigma, np.log(0.05), np.log(128.0))) * (short_side / 256)
-    return Judgement(_logistic(visibility), sigma, _logistic(trust) > TRUSTED)
+    steady = median_filter(_logistic(trust), (1, FLICKER), mode="nearest")
+    return Judgement(_logistic(visibility), sigma, steady > weights["threshold"])
 
 
 @cache

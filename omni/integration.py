@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni.coords import inside
+from omni.landmarks import Landmarks
 from omni.links import Links
+from omni.store import UNKNOWN
 
 __all__ = ["Chains", "fuse", "integrate"]
 
@@ -37,6 +39,9 @@ DRIFT = 0.5
 """Correlation of a link's error with the chain's so far: drift has a direction, so that many short
 links are worse than their variances added up say."""
 
+LARGEST_STRETCH = 1.5
+"""Most by which a link's Jacobian spreads the error so far: beyond, it crosses a motion border."""
+
 GATE = 2.5
 """Candidates further from the best than this many joint standard deviations are not fused."""
 
@@ -47,6 +52,8 @@ class Chains:
 
     xy: (T, N, 2) mean. sigma: (T, N) pixels, inf where lost. level: (T, N) uint8.
     error: (T, N) forward-backward error of the best link. agree: (T, N) uint8 fused candidates.
+    covered: (T, N) share of the links from strict states whose double cycle says hidden.
+    stretch: (T, N) largest stretch of the best link along the chain; high at motion borders.
     """
 
     xy: np.ndarray
@@ -54,6 +61,8 @@ class Chains:
     level: np.ndarray
     error: np.ndarray
     agree: np.ndarray
+    covered: np.ndarray
+    stretch: np.ndarray
 
     @classmethod
     def start(cls, num_frames: int, frames: np.ndarray, xy: np.ndarray) -> "Chains":
@@ -65,76 +74,143 @@ class Chains:
             level=np.zeros(shape, np.uint8),
             error=np.full(shape, np.inf, np.float32),
             agree=np.zeros(shape, np.uint8),
+            covered=np.zeros(shape, np.float32),
+            stretch=np.ones(shape, np.float32),
         )
         query = frames, np.arange(len(xy))
         chains.sigma[query], chains.level[query], chains.error[query] = 0, STRICT, 0
         return chains
 
 
-def integrate(links: Links, frames: np.ndarray, xy: np.ndarray) -> Chains:
+def integrate(
+    links: Links, frames: np.ndarray, xy: np.ndarray, landmarks: Landmarks | None = None
+) -> Chains:
     """Carry points through the whole video.
 
     Args:
         links: the stored flows.
         frames: (N,) query frame of each point.
         xy: (N, 2) positions there.
+        landmarks: feature matches between distant frames and imported tracks, if any.
 
     Memory is the result's plus a few arrays of N points per gap.
     """
     chains = Chains.start(links.num_frames, frames, xy)
+    job = _Job(chains, links, landmarks, frames, _labels(links, frames, xy))
     times = range(links.num_frames)
     for step in (1, -1):
         for target in times[::step]:
-            rows = np.flatnonzero((target - frames) * step > 0)
-            _offer(chains, links, target, step, rows)
+            job.offer(target, step, np.flatnonzero((target - frames) * step > 0))
     for step in (1, -1):
         for target in times[::-step]:
             later = np.flatnonzero((target - frames) * step > 0)
-            rows = later[chains.level[target, later] < STRICT]
-            _offer(chains, links, target, -step, rows)
+            job.offer(target, -step, later[chains.level[target, later] < STRICT])
     return chains
 
 
-def _offer(chains: Chains, links: Links, target: int, step: int, rows: np.ndarray) -> None:
-    """Fuse all candidates for `rows` in frame `target`; adopt where the level rises."""
-    offers = list(_candidates(chains, links, target, step, rows))
-    if not offers or len(rows) == 0:
-        return
-    xy, sigma, level, error = (np.stack(values) for values in zip(*offers, strict=True))
-    best_level = level.max(0)
-    # Never across levels: a loose estimate may already sit on the occluder.
-    usable = (level == best_level) & (best_level > LOST)
-    mean, deviation, agree, best = fuse(xy, np.where(usable, sigma, np.inf))
-    rise = best_level > chains.level[target, rows]
-    chosen, picked = rows[rise], (best[rise], np.flatnonzero(rise))
-    chains.xy[target, chosen] = mean[rise]
-    chains.sigma[target, chosen] = deviation[rise]
-    chains.level[target, chosen] = best_level[rise]
-    chains.error[target, chosen] = error[picked]
-    chains.agree[target, chosen] = agree[rise]
+def _labels(links: Links, frames: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Mask labels (N,) of the queries, UNKNOWN where the user gave none."""
+    labels = np.full(len(frames), UNKNOWN, np.uint8)
+    for frame in np.unique(frames):
+        rows = np.flatnonzero(frames == frame)
+        labels[rows] = links.labels(int(frame), xy[rows])
+    return labels
 
 
-def _candidates(
-    chains: Chains, links: Links, target: int, step: int, rows: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Position, sigma, level and cycle error of one more link, for every stored gap."""
-    for gap in links.gaps:
-        source = target - step * gap
-        if not links.stored(source, target):
-            continue
-        start = chains.xy[source, rows]
-        arrived, error = links.follow(source, target, start)
-        length = np.linalg.norm(arrived - start, axis=-1)
-        level = np.where(
-            error < STRICT_ERROR,
-            STRICT,
-            np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, LOST),
-        )
-        level = np.minimum(level, chains.level[source, rows]) * inside(arrived, links.size)
-        before, link = chains.sigma[source, rows], links.sigma(error)
-        # A lost source has infinite sigma; its product with a finite one stays infinite.
-        sigma = np.sqrt(before**2 + link**2 + 2 * DRIFT * before * link)
-        yield arrived, sigma, level.astype(np.uint8), error
+@dataclass
+class _Job:
+    """One integration: its states and where their evidence comes from.
+
+    frames: (N,) query frames.
+    labels: (N,) mask label that a point keeps for good.
+    """
+
+    chains: Chains
+    links: Links
+    landmarks: Landmarks | None
+    frames: np.ndarray
+    labels: np.ndarray
+
+    def offer(self, target: int, step: int, rows: np.ndarray) -> None:
+        """Fuse all candidates for `rows` in frame `target`; adopt where the level rises."""
+        offers = list(self._candidates(target, step, rows))
+        if not offers or len(rows) == 0:
+            return
+        xy, sigma, level, error, stretch = (np.stack(v) for v in zip(*offers, strict=True))
+        best_level = level.max(0)
+        # Never across levels: a loose estimate may already sit on the occluder.
+        usable = (level == best_level) & (best_level > LOST)
+        mean, deviation, agree, best = fuse(xy, np.where(usable, sigma, np.inf))
+        chains = self.chains
+        rise = best_level > chains.level[target, rows]
+        chosen, picked = rows[rise], (best[rise], np.flatnonzero(rise))
+        chains.xy[target, chosen] = mean[rise]
+        chains.sigma[target, chosen] = deviation[rise]
+        chains.level[target, chosen] = best_level[rise]
+        chains.error[target, chosen] = error[picked]
+        chains.agree[target, chosen] = agree[rise]
+        chains.stretch[target, chosen] = stretch[picked]
+
+    def _candidates(self, target: int, step: int, rows: np.ndarray) -> Iterator[tuple]:
+        """Position, sigma, level, cycle error and stretch of one more link, for every source."""
+        chains, links = self.chains, self.links
+        votes, told = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
+        for gap in links.gaps:
+            source = target - step * gap
+            if not links.stored(source, target):
+                continue
+            start = chains.xy[source, rows]
+            arrived, error = links.follow(source, target, start)
+            stretch = links.stretch(source, target, start)
+            length = np.linalg.norm(arrived - start, axis=-1)
+            level = np.where(
+                error < STRICT_ERROR,
+                STRICT,
+                np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, LOST),
+            )
+            before, link = chains.sigma[source, rows], links.sigma(gap, error)
+            before = before * np.clip(stretch, 1, LARGEST_STRETCH)
+            # A lost source has infinite sigma; its product with a finite one stays infinite.
+            sigma = np.sqrt(before**2 + link**2 + 2 * DRIFT * before * link)
+            strict = chains.level[source, rows] == STRICT
+            votes += links.covered(source, target, start) & strict
+            told += strict
+            stretch = np.maximum(stretch, chains.stretch[source, rows])
+            yield arrived, sigma, self._level(level, source, target, rows, arrived), error, stretch
+        chains.covered[target, rows] = votes / np.maximum(told, 1)
+        yield from self._recognised(target, step, rows)
+
+    def _recognised(self, target: int, step: int, rows: np.ndarray) -> Iterator[tuple]:
+        """Candidates from landmarks: one per key frame that leads to `target`, one from tracks."""
+        chains, landmarks = self.chains, self.landmarks
+        if landmarks is None:
+            return
+        for source in landmarks.sources(target):
+            if (target - source) * step > 0:
+                start = chains.xy[source, rows]
+                strict = chains.level[source, rows] == STRICT
+                arrived, spread = start.copy(), np.full(len(rows), np.inf, np.float32)
+                arrived[strict], spread[strict] = landmarks.follow(source, target, start[strict])
+                yield self._landed(np.full(len(rows), source), target, rows, arrived, spread)
+        if landmarks.imported:
+            frames = self.frames[rows]
+            arrived, spread = landmarks.observe(frames, chains.xy[frames, rows], target)
+            yield self._landed(frames, target, rows, arrived, spread)
+
+    def _landed(self, sources, target, rows, arrived, spread) -> tuple:
+        """A landmark's candidate: as good as strict; its sigma starts from the source's."""
+        known = np.isfinite(spread)
+        before = self.chains.sigma[sources, rows]
+        sigma = np.hypot(np.where(known, before, 0), spread)
+        level = self._level(np.where(known, STRICT, LOST), sources, target, rows, arrived)
+        return arrived, sigma, level, spread, self.chains.stretch[sources, rows]
+
+    def _level(self, level, source, target, rows, arrived):
+        """Trust in a link: no more than in its source, none off the frame or on another object."""
+        here, own = self.links.labels(target, arrived), self.labels[rows]
+        possible = (here == own) | (here == UNKNOWN) | (own == UNKNOWN)
+        possible &= inside(arrived, self.links.size)
+        return (np.minimum(level, self.chains.level[source, rows]) * possible).astype(np.uint8)
 
 
 def fuse(

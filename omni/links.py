@@ -6,9 +6,12 @@ there and back, which is sharper than reading a stored error map.
 
 import numpy as np
 
-from omni.store import Store, decode_flow
+from omni.store import UNKNOWN, Store, decode_flow, unpack_evidence
 
 __all__ = ["Links", "sample_flow"]
+
+STENCIL = 1.5
+"""Half width in pixels over which a flow's Jacobian is measured: wider than its rounding."""
 
 
 class Links:
@@ -25,8 +28,8 @@ class Links:
         self._index = {tuple(pair): k for k, pair in enumerate(store.pairs.tolist())}
         self.size, self.num_frames = store.size, store.num_frames
         self.gaps = sorted({abs(target - source) for source, target in self._index})
-        meta = store.meta("evidence")
-        self._floor, self._slope = meta["sigma_floor"], meta["sigma_slope"]
+        self._evidence, self._masks = store.evidence, store.masks
+        self._sigma = {int(gap): line for gap, line in store.meta("evidence")["sigma"].items()}
 
     def stored(self, source: int, target: int) -> bool:
         """Whether the store has the flow and the reverse that checks it."""
@@ -47,9 +50,44 @@ class Links:
         arrived = xy + motion
         return arrived, np.linalg.norm(motion + sample_flow(backward, arrived), axis=-1)
 
-    def sigma(self, error: np.ndarray) -> np.ndarray:
-        """Standard deviation in pixels of a link with this forward-backward error."""
-        return self._floor + self._slope * error
+    def stretch(self, source: int, target: int, xy: np.ndarray) -> np.ndarray:
+        """Rms factor `(n,)` by which the flow's Jacobian J spreads an error at points `(n, 2)`.
+
+        `|J| / sqrt(2)` (Frobenius) keeps the trace of `J S J^T` for an isotropic covariance S:
+        the scalar stand-in for its propagation. 1 for rotations, high at motion borders.
+        """
+        forward, _ = self.fields(source, target)
+        square = np.zeros(len(xy), np.float32)
+        for axis in range(2):
+            offset = np.zeros(2, np.float32)
+            offset[axis] = STENCIL
+            change = sample_flow(forward, xy + offset) - sample_flow(forward, xy - offset)
+            column = change / np.float32(2 * STENCIL)
+            column[:, axis] += 1
+            square += (column**2).sum(-1)
+        return np.sqrt(square / 2)
+
+    def covered(self, source: int, target: int, xy: np.ndarray) -> np.ndarray:
+        """`(n,)` bool: the double cycle found something in front of points in `target`."""
+        return unpack_evidence(_nearest(self._evidence[self._index[source, target]], xy)).occluded
+
+    def sigma(self, gap: int, error: np.ndarray) -> np.ndarray:
+        """Standard deviation in pixels of a link over `gap` frames with this cycle error."""
+        floor, slope = self._sigma[gap]
+        return floor + slope * error
+
+    def labels(self, frame: int, xy: np.ndarray) -> np.ndarray:
+        """Mask labels `(n,)` uint8 at points of a frame; UNKNOWN everywhere without masks."""
+        if self._masks is None:
+            return np.full(len(xy), UNKNOWN, np.uint8)
+        return _nearest(self._masks[frame], xy)
+
+
+def _nearest(image: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Values `(n,)` of the pixels of an `(h, w)` image in which points lie, or nearest them."""
+    height, width = image.shape
+    column, row = np.clip(xy, 0, (width - 1, height - 1)).astype(np.int64).T
+    return image[row, column]
 
 
 def sample_flow(flow: np.ndarray, xy: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from omni.coords import (
 from omni.errors import OmniError
 from omni.fusion import Path, Witness, settle
 from omni.integration import integrate
+from omni.landmarks import Landmarks
 from omni.links import Links
 from omni.model import Field
 from omni.store import Store
@@ -42,10 +43,14 @@ class Reader:
         store: finished preprocessing.
         field: fitted, on its device; None reads the chains of flows alone.
         chunk: points or rays handled at once.
+        matches: another tracker's tracks on the same frames, further observations.
     """
 
-    def __init__(self, store: Store, field: Field | None, chunk: int):
-        self.links, self.field, self.chunk = Links(store), field, chunk
+    def __init__(
+        self, store: Store, field: Field | None, chunk: int, matches: Tracks | None = None
+    ):
+        self.links, self.landmarks = Links(store), Landmarks(store, matches)
+        self.field, self.chunk = field, chunk
         self.size, self.video_size, self.fps = store.size, store.video_size, store.fps
         self.num_frames, self.frames = store.num_frames, store.frames
         self._store = store
@@ -131,7 +136,7 @@ class Reader:
             witness = self.follow(points, every)
             between = points[:, 0] != frames
             xy[between] = witness.xy[between, frames[between]]
-        chains = integrate(self.links, frames, xy)
+        chains = integrate(self.links, frames, xy, self.landmarks)
         path = settle(chains, frames, self.camera, witness)
         alike = similarity(self.frames, path.at(every), frames)
         account = None if witness is None else (witness.xy, witness.visibility)

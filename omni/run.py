@@ -83,9 +83,9 @@ def optimize(
     run = default_run(video) if run is None else Path(run)
     settings = load_config(choose_config(run, config), overrides)
     store = preprocess_video(video, run, settings, masks)
-    _write_chains(run, store, settings, None)
     if matches is not None:
         import_matches(run, matches)
+    _write_chains(run, store, settings, None)
     fit(run, settings)
     export(run, run / "tracks.npz")
     visualize(run)
@@ -142,7 +142,7 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
 
 
 def import_matches(run: Path | str, path: Path | str) -> None:
-    """Copy another tracker's tracks into a preprocessed run, for its fits from now on.
+    """Copy another tracker's tracks into a preprocessed run, for its fits and answers from now on.
 
     Raises:
         OmniError: unreadable, or made on other frames.
@@ -222,7 +222,7 @@ def _write_chains(run: Path, store: Store, config: Config, queries: Path | str |
         points = load_queries(queries)
     path = run / "chains.npz"
     with timed(run, "chains") as record:
-        tracks = Reader(store, None, output.chunk).tracks(points)
+        tracks = Reader(store, None, output.chunk, _matches(run)).tracks(points)
         tracks.save(path)
         record["visible"] = round(float(tracks.visible.mean()), 4)
         record["median_sigma"] = round(float(np.median(tracks.sigma)), 3)
@@ -295,7 +295,8 @@ class Run:
         cuda = target.type == "cuda"
         field = Field(state["num_frames"], self.config.model, self.config.render, cuda)
         field.load_state_dict(state["field"])
-        self.reader = Reader(self.store, field.to(target).eval(), self.config.output.chunk)
+        field, chunk = field.to(target).eval(), self.config.output.chunk
+        self.reader = Reader(self.store, field, chunk, _matches(folder))
 
     @property
     def report(self) -> dict[str, Any]:

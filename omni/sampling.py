@@ -94,10 +94,10 @@ class CorrespondenceSampler:
         self.flow = torch.from_numpy(store.flow).to(device)
         self.evidence = torch.from_numpy(store.evidence).to(device)
         self.frames = torch.from_numpy(store.frames).to(device)
-        meta = store.meta("evidence")
-        self.sigma_floor, self.sigma_slope = meta["sigma_floor"], meta["sigma_slope"]
         self.pairs = torch.from_numpy(store.pairs)
         self.gaps = (self.pairs[:, 1] - self.pairs[:, 0]).abs()
+        lines = [store.meta("evidence")["sigma"][str(gap)][:2] for gap in self.gaps.tolist()]
+        self.sigma_lines = torch.tensor(lines, dtype=torch.float32, device=device).view(-1, 2)
         self.reliable_share = _reliable_share(store, threshold)
         tiles = (store.num_frames, -(-self.height // TILE), -(-self.width // TILE))
         self.residual = torch.ones(tiles)
@@ -248,12 +248,13 @@ class CorrespondenceSampler:
         flow = self.flow[k[:, None], y, x].float() / FLOW_SCALE
         error = unpack_evidence(self.evidence[k[:, None], y, x]).error
         xy = torch.stack([x, y], dim=-1).float() + 0.5
+        floor, slope = self.sigma_lines[k].unsqueeze(1).unbind(-1)
         return Batch(
             source=source,
             target=target,
             xy=xy,
             target_xy=xy + flow,
-            sigma=self.sigma_floor + self.sigma_slope * error.float(),
+            sigma=floor + slope * error.float(),
             visible=visible,
             hidden=hidden,
             color=self.frames[source[:, None], y, x].float() / 255,

@@ -5,6 +5,7 @@
     RUN/store/masks.npy        (T, h, w) uint8 object labels, 0 background (only with masks)
     RUN/store/flow.npy         (K, h, w, 2) int16, pixels x FLOW_SCALE, source to target
     RUN/store/evidence.npy     (K, h, w) uint8, see `pack_evidence`
+    RUN/store/landmarks.npy    (P, M, 4) float32, feature matches between key frames
 
 Letters: T frames, K ordered frame pairs, h x w processing size. A stage writes `NAME.partial.npy`
 and a `.done` byte per item, so that an interrupted one continues; only a finished one is renamed
@@ -28,6 +29,7 @@ from omni.errors import OmniError
 __all__ = [
     "FLOW_SCALE",
     "FORMAT_VERSION",
+    "UNKNOWN",
     "Evidence",
     "Stage",
     "Store",
@@ -41,6 +43,9 @@ __all__ = [
 FORMAT_VERSION = 1
 FLOW_SCALE = 32
 """int16 flow is pixels x 32: steps of 1/32 pixel up to 1023 pixels."""
+
+UNKNOWN = 255
+"""Mask label of pixels about which the user said nothing."""
 
 _LEVELS = 12.0
 _ERROR_BITS, _OCCLUDED_BIT, _VALID_BIT = 0x3F, 0x40, 0x80
@@ -287,6 +292,11 @@ class Store:
     def evidence(self) -> np.ndarray:
         """(K, h, w) uint8, see `unpack_evidence`."""
         return self._array("evidence")
+
+    @property
+    def landmarks(self) -> np.ndarray:
+        """(P, M, 4) float32 x, y in either frame of matched features, NaN where unused."""
+        return self._array("landmarks")
 
     @property
     def pairs(self) -> np.ndarray:

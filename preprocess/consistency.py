@@ -7,26 +7,16 @@ import cv2
 import numpy as np
 
 from omni.coords import inside, pixel_centers
-from omni.store import Evidence, unpack_evidence
+from omni.store import UNKNOWN, Evidence, unpack_evidence
 from preprocess.warp import compose, sample
 
 __all__ = [
-    "SIGMA_FLOOR",
-    "SIGMA_SLOPE",
-    "UNKNOWN",
     "assess",
     "cycle_error",
     "gap_statistics",
     "labels_agree",
     "second_cycle_error",
 ]
-
-SIGMA_FLOOR = 0.25
-SIGMA_SLOPE = 0.6
-"""Standard deviation of a flow: 0.25 + 0.6 x forward-backward error, pixels (chain study)."""
-
-UNKNOWN = 255
-"""Mask label of pixels about which the user said nothing."""
 
 _OCCLUDED_FACTOR = 1.5
 

@@ -6,7 +6,7 @@ what is finished, continues what was interrupted, and redoes only what a change 
 
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,14 +16,16 @@ import numpy as np
 from omni.config import Config, digest
 from omni.coords import processing_size
 from omni.errors import OmniError
-from omni.store import Store, decode_flow, pack_evidence
+from omni.store import UNKNOWN, Store, decode_flow, pack_evidence
 from omni.video import VideoSource, load_masks, open_video
-from preprocess.consistency import SIGMA_FLOOR, SIGMA_SLOPE, UNKNOWN, assess, gap_statistics
+from preprocess.consistency import assess, gap_statistics
 from preprocess.cuts import find_cuts
 from preprocess.estimate import estimate_cost, require_space
+from preprocess.features import MATCHES, find_features, key_pairs, match
 from preprocess.flow import FlowProvider, accepts, compute_flows, resolve_provider
 from preprocess.pairs import schedule
 from preprocess.parallel import progress_bar, run_items, worker_count
+from preprocess.sigma import NOISE, calibrated, corrected
 
 __all__ = ["prepare"]
 
@@ -64,6 +66,7 @@ def prepare(
     job.write_masks()
     job.write_flow()
     job.write_evidence()
+    job.write_landmarks()
     return Store.open(run)
 
 
@@ -106,15 +109,21 @@ class _Job:
         masks = digest("masks", frames, _checksums(self.labels)) if self.labels else ""
         name = self.provider.name if self.provider else self._finished_provider()
         flow = self._flow_key(name)
-        evidence = digest("evidence", flow, masks, self.config.flow.cycle_threshold)
-        return {"frames": frames, "masks": masks, "flow": flow, "evidence": evidence}
+        sigma = NOISE, calibrated(name, [1, 2, 4, 8, 16, 32])
+        evidence = digest("evidence", flow, masks, self.config.flow.cycle_threshold, sigma)
+        landmarks = digest("landmarks", frames)
+        names = {"frames": frames, "masks": masks, "flow": flow, "evidence": evidence}
+        return names | {"landmarks": landmarks}
 
-    def _arrays(self, num_pairs):
+    def _arrays(self, cuts=()):
+        num_pairs = len(self._pairs(cuts))
+        num_keys = len(key_pairs(self.source.num_frames, cuts))
         shape = (self.source.num_frames, *self.size)
         arrays = {
             "frames": ((*shape, 3), np.uint8),
             "flow": ((num_pairs, *self.size, 2), np.int16),
             "evidence": ((num_pairs, *self.size), np.uint8),
+            "landmarks": ((num_keys, MATCHES, 4), np.float32),
         }
         return arrays | ({"masks": (shape, np.uint8)} if self.labels else {})
 
@@ -133,7 +142,7 @@ class _Job:
 
     def announce(self) -> None:
         """Say what the work will cost; refuse if the disk cannot hold it. Cuts only lower it."""
-        arrays = self._arrays(len(self._pairs()))
+        arrays = self._arrays()
         missing = {n: a for n, a in arrays.items() if not self.store.has(n, self.keys[n])}
         require_space(self.store.folder, missing)
         if self.provider:
@@ -145,12 +154,12 @@ class _Job:
     def _shrink(self, image):
         return cv2.resize(image, self.size[::-1], interpolation=cv2.INTER_AREA)
 
-    def _write(self, name: str, items: int, fill: Callable, num_pairs: int = 0) -> None:
+    def _write(self, name: str, items: int, fill: Callable, cuts: Sequence[int] = ()) -> None:
         """Run `fill(stage, bar)` inside the stage `name`, unless it is finished."""
         key = self.keys[name]
         if self.store.has(name, key):
             return
-        arrays = {name: self._arrays(num_pairs)[name]}
+        arrays = {name: self._arrays(cuts)[name]}
         with self.store.stage(name, key, arrays, items) as stage:
             with progress_bar(name, items, int(stage.done.sum()), self.show) as bar:
                 fill(stage, bar)
@@ -206,7 +215,7 @@ class _Job:
             compute_flows(self.store.frames, pairs, self.provider, stage, bar)
             stage.meta.update(pairs=pairs.tolist(), provider=self.provider.name)
 
-        self._write("flow", len(pairs), fill, len(pairs))
+        self._write("flow", len(pairs), fill, cuts)
 
     def write_evidence(self) -> None:
         """Check every flow against its reverse, and say per gap how well they agree."""
@@ -226,14 +235,32 @@ class _Job:
 
             workers = worker_count(self.config.flow.workers)
             run_items(stage, [range(len(pairs))], work, workers, bar)
+            sigma = corrected(self.store, evidence, threshold)
             stage.meta.update(
                 threshold=threshold,
-                sigma_floor=SIGMA_FLOOR,
-                sigma_slope=SIGMA_SLOPE,
+                sigma={str(g): line for g, line in sigma.items()},
                 gaps=gap_statistics(evidence, pairs, threshold),
             )
 
-        self._write("evidence", len(pairs), fill, len(pairs))
+        self._write("evidence", len(pairs), fill, self.store.meta("frames")["cuts"])
+
+    def write_landmarks(self) -> None:
+        """Match features between key frames of one shot."""
+        cuts = self.store.meta("frames")["cuts"]
+        pairs = key_pairs(self.source.num_frames, cuts)
+        if len(pairs) == 0:
+            return
+
+        def fill(stage, bar):
+            found = {t: find_features(self.store.frames[t]) for t in np.unique(pairs).tolist()}
+            stage.arrays["landmarks"][:] = np.nan
+            for p, (i, j) in enumerate(pairs.tolist()):
+                stage.arrays["landmarks"][p] = match(found[i], found[j])
+                stage.mark(p)
+                bar.update()
+            stage.meta["pairs"] = pairs.tolist()
+
+        self._write("landmarks", len(pairs), fill, cuts)
 
 
 def _checksums(labels):

@@ -10,10 +10,12 @@ from omni.config import Config, ModelConfig, OptimConfig, SamplingConfig
 from omni.coords import pixel_centers
 from omni.store import Store, decode_flow, encode_flow, pack_evidence
 from omni.trainer import Trainer
-from preprocess.consistency import SIGMA_FLOOR, SIGMA_SLOPE, assess, gap_statistics
+from preprocess.consistency import assess, gap_statistics
 from preprocess.pairs import schedule
 
 THRESHOLD = 1.5
+SIGMA = (0.25, 0.6)
+"""Floor and slope in the cycle error of every stored flow's standard deviation, pixels."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -97,9 +99,8 @@ def write_store(run, frames, pairs, flows, evidence=None):
             else:
                 codes[k] = pack_evidence(evidence[i, j])
         gaps = gap_statistics(codes, np.asarray(pairs), THRESHOLD)
-        stage.meta.update(
-            threshold=THRESHOLD, sigma_floor=SIGMA_FLOOR, sigma_slope=SIGMA_SLOPE, gaps=gaps
-        )
+        sigma = {str(entry["gap"]): list(SIGMA) for entry in gaps}
+        stage.meta.update(threshold=THRESHOLD, sigma=sigma, gaps=gaps)
     return Store.open(run)
 
 

@@ -33,7 +33,8 @@ def make_store(folder, flow_of, pairs=None, frames=FRAMES, video_size=SIZE):
         stage.meta["pairs"] = pairs
     evidence = {"evidence": ((len(pairs), *SIZE), np.uint8)}
     with store.stage("evidence", "k", evidence, 1) as stage:
-        stage.meta.update(sigma_floor=0.25, sigma_slope=0.6)
+        gaps = {abs(target - source) for source, target in pairs}
+        stage.meta["sigma"] = {str(gap): [0.25, 0.6] for gap in gaps}
     store.note(video={"size": list(video_size), "fps": 10.0})
     return Store.open(folder)
 

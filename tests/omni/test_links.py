@@ -80,12 +80,24 @@ def evidence_of(pairs, size):
 
 
 def test_sigma_grows_with_the_cycle_error_as_the_store_says(links, small_store):
-    meta = small_store.meta("evidence")
     error = np.array([0, 0.5, 4], np.float32)
-    np.testing.assert_allclose(
-        links.sigma(error), meta["sigma_floor"] + meta["sigma_slope"] * error, rtol=1e-6
-    )
-    assert (np.diff(links.sigma(error)) > 0).all()
+    for gap in links.gaps:
+        floor, slope = small_store.meta("evidence")["sigma"][str(gap)]
+        np.testing.assert_allclose(links.sigma(gap, error), floor + slope * error, rtol=1e-6)
+        assert (np.diff(links.sigma(gap, error)) > 0).all()
+
+
+def test_a_rotation_does_not_stretch_an_error_and_a_zoom_does(write_store, tmp_path):
+    size, angle = (40, 40), 0.3
+    xy = pixel_centers(size).astype(np.float32) - 20
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], np.float32)
+    flows = {(0, 1): xy @ turn.T - xy, (1, 2): 0.5 * xy}
+    flows |= {(1, 0): -flows[0, 1], (2, 1): -flows[1, 2]}
+    frames = np.zeros((3, *size, 3), np.uint8)
+    links = Links(write_store(tmp_path, frames, list(flows), flows))
+    points = np.random.default_rng(4).uniform(12, 28, (50, 2)).astype(np.float32)
+    np.testing.assert_allclose(links.stretch(0, 1, points), 1, atol=0.03)
+    np.testing.assert_allclose(links.stretch(1, 2, points), 1.5, atol=0.03)
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (1, 9), (7, 1), (1, 1), (2, 2)])

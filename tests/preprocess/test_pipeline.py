@@ -76,7 +76,8 @@ def test_evidence_and_its_statistics_say_the_flow_is_good(finished):
     meta = store.meta("evidence")
     assert [s["gap"] for s in meta["gaps"]] == [1, 2, 4]
     assert all(s["reliable"] > 0.8 and s["median_error"] < 0.2 for s in meta["gaps"])
-    assert (meta["sigma_floor"], meta["sigma_slope"]) == (0.25, 0.6)
+    assert list(meta["sigma"]) == ["1", "2", "4"]
+    assert all(0.005 < floor < 0.3 and 0.4 < slope < 3 for floor, slope in meta["sigma"].values())
     far = unpack_evidence(store.evidence[store.pairs.tolist().index([0, 4])])
     assert not far.valid[:, -4:].any() and far.valid[:, 5:40].all()
 
