@@ -181,12 +181,15 @@ class _Job:
         yield from self._recognised(target, step, rows)
 
     def _recognised(self, target: int, step: int, rows: np.ndarray) -> Iterator[tuple]:
-        """Candidates from landmarks: one per key frame that leads to `target`, one from tracks."""
+        """Candidates from landmarks: one per key frame that leads to `target`, one from tracks.
+
+        Feature matches speak only where no flow does: over more frames than the longest one.
+        """
         chains, landmarks = self.chains, self.landmarks
         if landmarks is None:
             return
         for source in landmarks.sources(target):
-            if (target - source) * step > 0:
+            if (target - source) * step > self.links.gaps[-1]:
                 start = chains.xy[source, rows]
                 strict = chains.level[source, rows] == STRICT
                 arrived, spread = start.copy(), np.full(len(rows), np.inf, np.float32)

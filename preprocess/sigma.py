@@ -24,7 +24,7 @@ __all__ = ["calibrated", "corrected", "cycle_residuals", "reload"]
 LARGEST = 2.0
 """A video's correction lies between 1 / LARGEST and LARGEST."""
 
-NOISE = 0.1
+NOISE = 0.15
 """Pixels added to every floor: the clips of the calibration have no sensor noise."""
 
 FAMILIAR = "dis-refined"
