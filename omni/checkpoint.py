@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from omni.errors import OmniError
-from omni.store import write_atomic
+from omni.files import write_atomic
 
 __all__ = ["FORMAT_VERSION", "load_checkpoint", "save_checkpoint"]
 

@@ -185,9 +185,9 @@ def evaluate(
     """
     import json
 
+    from omni.files import write_atomic
     from omni.metrics import evaluate as score
     from omni.metrics import format_scores
-    from omni.store import write_atomic
     from omni.truth import load_prediction, load_truth
 
     scores = score(load_prediction(prediction), load_truth(truth), mode)

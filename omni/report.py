@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from omni.store import write_atomic
+from omni.files import write_atomic
 
 __all__ = ["read_report", "timed"]
 

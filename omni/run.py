@@ -23,11 +23,12 @@ from omni.config import Config, apply, load_config, to_yaml
 from omni.coords import grid_queries, rescale
 from omni.dense import write_dense
 from omni.errors import OmniError
+from omni.files import write_atomic
 from omni.model import Field
 from omni.overlay import draw_tracks
 from omni.readout import Reader
 from omni.report import read_report, timed
-from omni.store import Store, write_atomic
+from omni.store import Store
 from omni.summaries import Summaries
 from omni.tracks import Tracks, load_queries
 from omni.trainer import Trainer, fit_key

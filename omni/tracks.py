@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from omni.errors import OmniError
-from omni.store import write_atomic
+from omni.files import write_atomic
 
 __all__ = ["Tracks", "load_queries", "read_arrays"]
 

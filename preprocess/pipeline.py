@@ -57,7 +57,7 @@ def prepare(
     if source.num_frames < 2:
         raise OmniError(f"{video} has {source.num_frames} selected frame(s): at least 2 are needed")
     labels = None if masks is None else load_masks(masks, source)
-    job = _Job(source, Store(run), config, labels, progress)
+    job = _Job(source, Store.create(run), config, labels, progress)
     job.forget_outdated()
     job.announce()
     job.write_frames()

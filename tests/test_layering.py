@@ -11,7 +11,8 @@ REPO = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     "errors config coords schedules splines textures surfaces scenes",  # nothing but numbers
-    "decoding images video store tracks links camera integration smoothing appearance",  # files
+    "memory signals files lock decoding images video store tracks links camera integration"
+    " smoothing appearance",  # files
     "networks bijection canonical rendering",  # tensors
     "model",
     "losses sampling initialize",
