@@ -34,13 +34,14 @@ def raise_interrupted(number: int, frame: object) -> None:
 def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     """Call `handler(number, frame)` on a stop signal; the previous handlers come back after.
 
-    Signals that are ignored (`nohup`) stay ignored. Outside the main thread nothing changes.
+    Under `nohup` SIGHUP stays ignored. Outside the main thread nothing changes.
     """
     previous = {}
     try:
         for name in _NAMES:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            nohup = name == "SIGHUP" and number and signal.getsignal(number) is signal.SIG_IGN
+            if number is not None and not nohup:
                 previous[number] = signal.signal(number, handler)
     except ValueError:
         log.debug("not in the main thread: signals keep their handlers")

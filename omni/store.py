@@ -26,13 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from omni.errors import OmniError
+from omni.errors import DamagedError, OmniError
 from omni.files import crc32_of, read_json, sync_folder, unwritable, write_atomic
 
 __all__ = [
     "FLOW_SCALE",
     "FORMAT_VERSION",
-    "DamagedError",
     "Evidence",
     "Stage",
     "Store",
@@ -99,10 +98,6 @@ def unpack_evidence(code) -> Evidence:
         occluded=(code & _OCCLUDED_BIT) > 0,
         valid=(code & _VALID_BIT) > 0,
     )
-
-
-class DamagedError(OmniError):
-    """A part of the run folder is not as it was written; preprocessing can make it again."""
 
 
 class Stage:

@@ -33,8 +33,8 @@ def make_store(folder, flow_of, pairs=None, frames=FRAMES, video_size=SIZE):
         stage.meta["pairs"] = pairs
     evidence = {"evidence": ((len(pairs), *SIZE), np.uint8)}
     with store.stage("evidence", "k", evidence, 1) as stage:
-        stage.meta.update(sigma_floor=0.25, sigma_slope=0.6)
-    store.note(video={"size": list(video_size), "fps": 10.0})
+        stage.meta.update(threshold=1.5, sigma_floor=0.25, sigma_slope=0.6)
+    store.note(video={"size": list(video_size), "fps": 10.0, "num_frames": frames})
     return Store.open(folder)
 
 
