@@ -241,8 +241,8 @@ def main(args: list[str] | None = None) -> None:
         _leave(error, 2)
     except OSError as error:
         _leave(
-            f"{error.strerror or error}: {error.filename or 'a file'}; free some disk space or "
-            "choose another folder, then run the same command again, it continues",
+            f"{error.filename or 'a file'}: {error.strerror or error}; see that the disk is not "
+            "full and the folder can be written, then run the same command again",
             2,
         )
     except KeyboardInterrupt as error:
