@@ -150,7 +150,7 @@ def frame_rate(path: Path | str, arrays: dict[str, np.ndarray]) -> float:
 
 
 def read_arrays(path: Path | str, required: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Every array of real numbers or booleans in an untrusted `.npz`; others are refused.
+    """Every array of real numbers or booleans in an untrusted `.npz`; text in it is left out.
 
     An array's header must promise exactly what its file in the archive holds, and all of them
     together must fit in memory, before anything is unpacked.
@@ -165,7 +165,9 @@ def read_arrays(path: Path | str, required: tuple[str, ...]) -> dict[str, np.nda
     try:
         with check_archive(path) as archive:
             for member in archive.infolist():
-                arrays[member.filename.removesuffix(".npy")] = _read_array(archive, member)
+                array = _read_array(archive, member)
+                if array is not None:
+                    arrays[member.filename.removesuffix(".npy")] = array
     except OmniError:
         raise
     except Exception as error:  # a damaged or hostile archive can fail anywhere in its readers
@@ -178,7 +180,7 @@ def read_arrays(path: Path | str, required: tuple[str, ...]) -> dict[str, np.nda
     return arrays
 
 
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray | None:
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0
@@ -186,6 +188,8 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
             header = np.lib.format.read_array_header_2_0
         shape, _, dtype = header(file)
         held = member.file_size - file.tell()
+    if dtype.kind in "SU":
+        return None
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         raise ValueError(f"{member.filename} holds {dtype}, not numbers")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:

@@ -205,7 +205,8 @@ class _Dtype:
 
     def __init__(self, code: Any, *_):
         if not (isinstance(code, str) and re.fullmatch(r"[<>=|]?[biuf?]\d?", code)):
-            raise pickle.UnpicklingError("only dtypes of plain numbers are allowed")
+            name = code if isinstance(code, str) else type(code).__name__
+            raise pickle.UnpicklingError(f"dtype {name:.40} is not allowed")
         self.value = np.dtype(code)
 
     def __setstate__(self, state: Any):
@@ -246,12 +247,15 @@ class _Unpickler(pickle._Unpickler):
     """
 
     dispatch = {**pickle._Unpickler.dispatch}
-    # Hashing tuples nested n deep takes 2^n steps; a bytearray allocates before it reads.
-    for _code in (
-        *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8),
-        *(pickle.DICT, pickle.PERSID, pickle.BINPERSID),
-    ):
+    # Hashing tuples nested n deep takes 2^n steps.
+    for _code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.DICT):
         del dispatch[_code[0]]
+
+    def load_bytearray8(self) -> None:
+        """Read bytes, without first taking as much memory as the pickle says they need."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def load_build(self) -> None:
         """Give what `find_class` made its state, and nothing else."""
