@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -60,6 +61,10 @@ def _is_report(report: Any) -> bool:
         held_out = stages.get("fit", {}).get("held_out", [])
         records = [(record["seconds"], record["peak_memory_mb"]) for record in stages.values()]
         errors = [(entry["median"], entry["within_1px"]) for entry in held_out]
-        return all(type(x) in (int, float) for pair in records + errors for x in pair)
-    except (KeyError, TypeError, AttributeError):
+        return all(
+            type(number) in (int, float) and math.isfinite(number)
+            for pair in records + errors
+            for number in pair
+        )
+    except (KeyError, TypeError, AttributeError, OverflowError):
         return False

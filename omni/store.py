@@ -352,9 +352,10 @@ class Store:
             path = self.folder / f"{name}.npy"
             try:
                 self._arrays[name] = np.load(path, mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise OmniError(
-                    f"{path} cannot be read ({error}): run `omni preprocess` again"
+            except Exception as error:  # a hostile header can fail anywhere in numpy's parser
+                reason = " ".join(str(error).split())[:200]
+                raise DamagedError(
+                    f"{path} cannot be read ({reason}): run `omni preprocess` again"
                 ) from None
         return self._arrays[name]
 
@@ -487,6 +488,6 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype] | None:
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             size = file.tell() + math.prod(shape) * dtype.itemsize
             whole = os.fstat(file.fileno()).st_size == size
-    except (OSError, ValueError):
+    except Exception:  # a hostile header can fail anywhere in numpy's parser
         return None
     return (shape, dtype) if whole and not fortran else None
