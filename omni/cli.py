@@ -220,9 +220,28 @@ def baseline(
     print(out)
 
 
+def doctor(run: Positional[Path | None] = None, /) -> None:
+    """Look at this machine, and at a run folder: what works, and what to do about the rest.
+
+    Args:
+        run: run folder to check as well
+    """
+    from omni.doctor import examine
+
+    problems = 0
+    for finding in examine(run):
+        print(finding)
+        problems += finding.verdict == "problem"
+    if problems:
+        sys.exit(1)
+
+
 COMMANDS = {
     function.__name__: function
-    for function in (optimize, track, preprocess, fit, export, visualize, board, evaluate, baseline)
+    for function in (
+        *(optimize, track, preprocess, fit, export, visualize, board, evaluate, baseline),
+        doctor,
+    )
 }
 
 

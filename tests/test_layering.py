@@ -19,7 +19,7 @@ LEVELS = [
     "checkpoint trainer",
     "confidence fusion readout dense report truth metrics baselines overlay viz board summaries"
     " synthetic",  # results
-    "run cli",
+    "run doctor cli",
 ]
 ORDER = " ".join(LEVELS).split()
 TENSORS = LEVELS[2].split()
