@@ -107,8 +107,10 @@ def preprocess_video(
     settings = load_config(choose_config(run, config))
     _make_folder(run)
     with locked(run), timed(run, "preprocess") as record:
+        store = _without_video(Path(video), run, settings)
         write_atomic(run / "config.yaml", to_yaml(settings).encode())
-        store = prepare(video, run, settings, masks)
+        if store is None:
+            store = prepare(video, run, settings, masks)
         record["pairs"] = len(store.pairs)
         record["store_bytes"] = sum(f.stat().st_size for f in store.folder.iterdir())
     return store
@@ -356,6 +358,22 @@ def _device(name: str) -> torch.device:
             "no CUDA device is available: use --set device=cpu, or a CUDA build of torch"
         )
     return device
+
+
+def _without_video(video: Path, run: Path, settings: Config) -> Store | None:
+    """The finished store of a video that is gone since, with the same settings; else None."""
+    own = run / "config.yaml"
+    if video.exists() or not own.is_file():
+        return None
+    try:
+        store, before = Store.open(run), load_config(str(own))
+    except OmniError:
+        return None
+    same = (before.data, before.flow) == (settings.data, settings.flow)
+    if not same or store.manifest.get("source", {}).get("name") != video.name:
+        return None
+    log.warning("%s is gone: going on with its frames in %s", video, run)
+    return store
 
 
 def _make_folder(folder: Path) -> None:

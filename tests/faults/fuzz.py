@@ -355,7 +355,7 @@ class ManifestReader(Reader):
 
         store = Store.open(self.folder / "run")
         links = Links(store)
-        for source, target in store.pairs.tolist():
+        for source, target in filter(lambda pair: links.stored(*pair), store.pairs.tolist()):
             links.follow(source, target, np.array([[3.0, 4.0]], np.float32))
         assert store.fps > 0 and store.masks is None and min(store.video_size) > 0
 
