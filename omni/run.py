@@ -361,19 +361,21 @@ def _device(name: str) -> torch.device:
 
 
 def _without_video(video: Path, run: Path, settings: Config) -> Store | None:
-    """The finished store of a video that is gone since, with the same settings; else None."""
+    """The finished store of a video that is gone since; None where the video is there.
+
+    Raises:
+        OmniError: it is gone, and the run was not preprocessed to the end with these settings.
+    """
+    if video.exists():
+        return None
     own = run / "config.yaml"
-    if video.exists() or not own.is_file():
-        return None
-    try:
+    if own.is_file() and (run / "manifest.json").is_file():
         store, before = Store.open(run), load_config(str(own))
-    except OmniError:
-        return None
-    same = (before.data, before.flow) == (settings.data, settings.flow)
-    if not same or store.manifest.get("source", {}).get("name") != video.name:
-        return None
-    log.warning("%s is gone: going on with its frames in %s", video, run)
-    return store
+        same = (before.data, before.flow) == (settings.data, settings.flow)
+        if same and store.manifest.get("source", {}).get("name") == video.name:
+            log.warning("%s is gone: going on with its frames in %s", video, run)
+            return store
+    raise OmniError(f"{video} does not exist: give a video file or a folder of frames")
 
 
 def _make_folder(folder: Path) -> None:
