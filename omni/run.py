@@ -372,7 +372,8 @@ def _without_video(video: Path, run: Path, settings: Config) -> Store | None:
     if own.is_file() and (run / "manifest.json").is_file():
         store, before = Store.open(run), load_config(str(own))
         same = (before.data, before.flow) == (settings.data, settings.flow)
-        if same and store.manifest.get("source", {}).get("name") == video.name:
+        source = store.manifest.get("source")
+        if same and isinstance(source, dict) and source.get("name") == video.name:
             log.warning("%s is gone: going on with its frames in %s", video, run)
             return store
     raise OmniError(f"{video} does not exist: give a video file or a folder of frames")

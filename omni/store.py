@@ -16,6 +16,7 @@ nothing read here is trusted: checksums, shapes and ranges are checked when a st
 import json
 import logging
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -326,6 +327,12 @@ class Store:
             raise
         self._record(name, key, stage.close(), stage.meta)
         stage.forget()
+
+    def release(self) -> None:
+        """Let the system have back what was read of the arrays; it is read again when needed."""
+        for array in self._arrays.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
     def note(self, **values: Any) -> None:
         """Set top-level manifest entries (source, video facts) and write it."""
