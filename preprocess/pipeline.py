@@ -16,11 +16,12 @@ import numpy as np
 from omni.config import Config, digest
 from omni.coords import processing_size
 from omni.errors import OmniError
+from omni.memory import available_memory
 from omni.store import Store, decode_flow, pack_evidence
 from omni.video import VideoSource, load_masks, open_video
 from preprocess.consistency import SIGMA_FLOOR, SIGMA_SLOPE, UNKNOWN, assess, gap_statistics
 from preprocess.cuts import find_cuts
-from preprocess.estimate import estimate_cost, require_space
+from preprocess.estimate import estimate_cost, fitting_workers, require_space
 from preprocess.flow import FlowProvider, accepts, compute_flows, resolve_provider
 from preprocess.pairs import schedule
 from preprocess.parallel import progress_bar, run_items, worker_count
@@ -137,6 +138,11 @@ class _Job:
         missing = {n: a for n, a in arrays.items() if not self.store.has(n, self.keys[n])}
         require_space(self.store.folder, missing)
         if self.provider:
+            asked, video = self.provider.workers, self.source.size
+            fitting = fitting_workers(asked, self.size, video, available_memory())
+            if fitting < asked:
+                logger.warning("memory holds %d of %d threads of flow", fitting, asked)
+                self.provider.workers = fitting
             images = tuple(self._shrink(image) for image in islice(self.source, 2))
             cost = estimate_cost(images, self.source.size, self._pairs(), missing, self.provider)
             count, (height, width) = self.source.num_frames, self.size

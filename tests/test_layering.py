@@ -23,7 +23,7 @@ LEVELS = [
 ]
 ORDER = " ".join(LEVELS).split()
 TENSORS = LEVELS[2].split()
-CONTRACT = {"config", "coords", "errors", "store", "video"}
+CONTRACT = {"config", "coords", "errors", "memory", "store", "video"}
 """All that `preprocess` may know of `omni`: the store is the only road between the two."""
 
 
