@@ -101,10 +101,9 @@ class Trainer:
         Raises:
             Interrupted: on a stop signal, after saving.
         """
-        self._resume()
+        self._good = self._resume() or self.state()
         if self.finished:
             return
-        self._good = self.state()
         saved = time.monotonic()
         bar = tqdm(
             total=self.config.optim.steps, initial=self.step, desc="fit", unit="step", disable=None
@@ -284,22 +283,26 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        save_checkpoint(self.path, self.state())
+        """Write the checkpoint, with the state that a roll-back would return to."""
+        save_checkpoint(self.path, {**self.state(), "good": self._good})
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Continue a checkpoint of the same fit; the good state it came with."""
         if not self.path.is_file():
-            return
+            return None
         try:
             state = load_checkpoint(self.path, self.device)
         except DamagedError as error:
             log.warning("%s; starting the fit anew", error)
-            return
+            return None
         if state.get("key") != self.key:
             log.warning("inputs or settings of the fit changed: starting it anew")
-            return
+            return None
         try:
-            self._restore(state)
+            good = state.pop("good", state)
+            for known in (good, state):  # both, so that a roll-back cannot fail later
+                self._restore(known)
+            return good
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             if out_of_memory(error):
                 raise
@@ -314,7 +317,7 @@ class Trainer:
         self.sampler.load_state_dict({k: v.cpu() for k, v in state["sampler"].items()})
         self.step, self.history = state["step"], state["history"]
         self.rate, self.rollbacks = state["rate"], state["rollbacks"]
-        self.sampler.halvings = state.get("halvings", 0)
+        self.sampler.halvings = max(self.sampler.halvings, state.get("halvings", 0))
 
     def _finite(self, loss: Tensor) -> bool:
         """Whether the loss and every gradient are finite; bounds that of the couplings."""
