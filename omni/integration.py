@@ -87,11 +87,13 @@ def integrate(links: Links, frames: np.ndarray, xy: np.ndarray) -> Chains:
         for target in times[::step]:
             rows = np.flatnonzero((target - frames) * step > 0)
             _offer(chains, links, target, step, rows)
+            links.release()
     for step in (1, -1):
         for target in times[::-step]:
             later = np.flatnonzero((target - frames) * step > 0)
             rows = later[chains.level[target, later] < STRICT]
             _offer(chains, links, target, -step, rows)
+            links.release()
     return chains
 
 

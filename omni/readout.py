@@ -95,8 +95,6 @@ class Reader:
             xy[rows], judged = self._answer(points[rows], times)
             visibility[rows], sigma[rows] = judged.visibility, judged.sigma
             visible[rows] = judged.visible
-            # Else all that is ever read of the store counts as this process's memory.
-            self._store.release()
             progress(len(points[rows]))
 
         self._in_chunks(len(points), answer)

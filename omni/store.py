@@ -329,7 +329,11 @@ class Store:
         stage.forget()
 
     def release(self) -> None:
-        """Let the system have back what was read of the arrays; it is read again when needed."""
+        """Give back what was read of the arrays; it is read again when needed.
+
+        Else all that was ever touched counts as this process's memory. Changes to the arrays, which
+        were this process's alone, are lost.
+        """
         for array in self._arrays.values():
             if hasattr(mmap, "MADV_DONTNEED"):
                 array._mmap.madvise(mmap.MADV_DONTNEED)
