@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast faults lint clean
 demo: .venv/installed
 	$(BIN)/python scripts/make_demo.py $(DEMO)
 	$(BIN)/omni optimize $(DEMO)/demo.mp4 -o $(DEMO)/run --config cpu
@@ -14,6 +14,11 @@ test: .venv/installed
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -q -m "not slow"
+
+# Hours: 30 kills, 20,000 crafted files for each reader (docs/reliability.md).
+faults: .venv/installed
+	$(BIN)/python tests/faults/kills.py --kills 30
+	$(BIN)/python tests/faults/fuzz.py --inputs 20000
 
 lint: .venv/installed
 	$(BIN)/ruff check .

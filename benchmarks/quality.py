@@ -29,9 +29,10 @@ from omni import run as runs
 from omni.baselines import baseline
 from omni.config import Config, digest, load_config, to_dict
 from omni.errors import OmniError
+from omni.files import write_atomic
 from omni.metrics import evaluate, queries
 from omni.readout import Reader
-from omni.store import Store, write_atomic
+from omni.store import Store
 from omni.tracks import read_arrays
 from omni.truth import Truth, load_truth
 

@@ -1,48 +1,120 @@
 """Save and load everything a fit needs to continue exactly, or to answer queries."""
 
 import io
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from omni.errors import OmniError
-from omni.store import write_atomic
+from omni.config import Config, apply, load_config
+from omni.errors import DamagedError, OmniError
+from omni.files import check_archive, write_atomic
+from omni.memory import out_of_memory
+from omni.model import Field
 
-__all__ = ["FORMAT_VERSION", "load_checkpoint", "save_checkpoint"]
+__all__ = ["FORMAT_VERSION", "load_checkpoint", "load_field", "save_checkpoint"]
 
 FORMAT_VERSION = 1
+
+_NAMES = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in ("Byte", "Int", "Long", "Float", "Double", "Bool")),
+}
+"""All that a checkpoint of ours refers to. torch's safe unpickler knows more, `bytearray(n)` for
+one, which takes as much memory as it is asked to."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain Python values only) atomically.
 
     Raises:
-        OmniError: the file cannot be written.
+        OmniError: the file cannot be written; the last checkpoint is still there.
     """
     buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
-    try:
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:
-        raise OmniError(
-            f"cannot write {path} ({error.strerror}): free some disk space and run again, "
-            "the last checkpoint is still there"
-        ) from None
+    write_atomic(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
+    """Read a checkpoint without executing anything in it; every byte is checked.
 
     Raises:
-        OmniError: missing, damaged, or written in another format.
+        OmniError: missing, or written in another format.
+        DamagedError: not as it was written.
     """
     if not path.is_file():
         raise OmniError(f"{path} does not exist: run `omni optimize` or `omni fit` first")
     try:
+        _check(path)
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # a damaged file can fail anywhere in the unpickler
-        raise OmniError(f"{path} is damaged: delete it and run `omni fit` again") from None
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise OmniError(f"{path} was written by another version: delete it and run `omni fit`")
+        version = state.get("format_version") if isinstance(state, dict) else None
+    except OmniError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in its readers
+        if out_of_memory(error):
+            raise
+        raise DamagedError(f"{path} is damaged: delete it and run `omni fit` again") from None
+    if version != FORMAT_VERSION:
+        raise OmniError(
+            f"{path} was written by another version (format {version!r:.20}, this omni reads "
+            f"{FORMAT_VERSION}): use that version, or delete it and run `omni fit`"
+        )
     return state
+
+
+def load_field(path: Path, num_frames: int, device: torch.device) -> tuple[Field, Config, int]:
+    """The fitted field of a checkpoint on its device, the settings it was fitted with, its step.
+
+    Raises:
+        OmniError: as `load_checkpoint`; or of a video with another number of frames, or its parts
+            do not fit each other.
+    """
+    state = load_checkpoint(path, device)
+    damaged = DamagedError(f"{path} does not fit itself: delete it and run `omni fit` again")
+    try:
+        config = load_config(apply(Config(), state["config"], str(path)))
+        frames, step, weights = state["num_frames"], int(state["step"]), state["field"]
+        held = sum(value.numel() for value in weights.values())
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise damaged from None
+    if frames != num_frames:
+        raise OmniError(
+            f"{path} belongs to a video of {frames!r:.20} frames, the run's has {num_frames}: "
+            "run `omni fit`"
+        )
+    # Settings are text, a field can be as large as they say: first without any memory.
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in Field(frames, config.model, config.render).parameters())
+    if asked > 2 * held:
+        raise damaged
+    try:
+        field = Field(frames, config.model, config.render, device.type == "cuda")
+        field.load_state_dict(weights)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise damaged from None
+    return field.to(device).eval(), config, step
+
+
+def _check(path: Path) -> None:
+    """Check what torch does not: checksums, names, and what the archive unpacks to.
+
+    Raises:
+        ValueError: damaged, compressed, or referring to what no checkpoint of ours does.
+    """
+    with check_archive(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed")
+            if member.filename.endswith(".pkl"):
+                for opcode, name, _ in pickletools.genops(archive.read(member)):
+                    if opcode.name in ("GLOBAL", "INST") and name not in _NAMES:
+                        raise ValueError(f"{name} is not allowed")
+                    if opcode.name == "STACK_GLOBAL":
+                        raise ValueError("names must be plain")
+        if archive.testzip() is not None:
+            raise ValueError("a checksum differs")

@@ -1,6 +1,7 @@
 """`omni COMMAND ...`: parse, call, print. One clear sentence and exit code 2 on bad input."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,8 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from omni.errors import OmniError
+from omni.memory import out_of_memory
+from omni.signals import raise_interrupted, stop_signals
 
 __all__ = ["main"]
 
@@ -185,9 +188,9 @@ def evaluate(
     """
     import json
 
+    from omni.files import write_atomic
     from omni.metrics import evaluate as score
     from omni.metrics import format_scores
-    from omni.store import write_atomic
     from omni.truth import load_prediction, load_truth
 
     scores = score(load_prediction(prediction), load_truth(truth), mode)
@@ -217,9 +220,28 @@ def baseline(
     print(out)
 
 
+def doctor(run: Positional[Path | None] = None, /) -> None:
+    """Look at this machine, and at a run folder: what works, and what to do about the rest.
+
+    Args:
+        run: run folder to check as well
+    """
+    from omni.doctor import examine
+
+    problems = 0
+    for finding in examine(run):
+        print(finding)
+        problems += finding.verdict == "problem"
+    if problems:
+        sys.exit(1)
+
+
 COMMANDS = {
     function.__name__: function
-    for function in (optimize, track, preprocess, fit, export, visualize, board, evaluate, baseline)
+    for function in (
+        *(optimize, track, preprocess, fit, export, visualize, board, evaluate, baseline),
+        doctor,
+    )
 }
 
 
@@ -227,15 +249,40 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of the `omni` command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="omni", description="Dense long-range motion of one video.", args=args
-        )
+        with stop_signals(raise_interrupted):
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="omni",
+                description="Dense long-range motion of one video.",
+                args=args,
+            )
     except OmniError as error:
-        print(f"omni: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("omni: stopped; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+        _leave(error, 2)
+    except OSError as error:
+        _leave(
+            f"{error.filename or 'a file'}: {error.strerror or error}; see that the disk is not "
+            "full and the folder can be written, then run the same command again",
+            2,
+        )
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        name = signal.Signals(number).name
+        _leave(f"stopped by {name}; run the same command again to continue", 128 + number)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _leave(
+            "out of memory; lower data.resolution, model.hidden or output.chunk, or use a "
+            "machine with more, then run the same command again",
+            2,
+        )
+
+
+def _leave(message: object, code: int) -> None:
+    """Say one line, whatever bytes a file name brought along, and exit."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    print(f"omni: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

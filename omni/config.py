@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -302,6 +303,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 """Smallest and largest sensible value of every number that has one."""
 
+_LONGEST_YAML = 1 << 20
+
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -326,11 +329,8 @@ def load_config(base: Config | str = "", overrides: typing.Sequence[str] = ()) -
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise OmniError(f"--set {text!r} is not of the form section.key=value")
-        try:
-            tree: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise OmniError(f"--set {text!r}: the value is not readable ({error})") from None
+            raise OmniError(f"--set {_short(text)} is not of the form section.key=value")
+        tree: Any = _parse(value, f"--set {_short(text)}")
         for part in reversed(key.strip().split(".")):
             tree = {part: tree}
         config = apply(config, tree, where="--set")
@@ -350,7 +350,8 @@ def apply(config: Any, changes: dict, where: str, prefix: str = "") -> Any:
     new = {}
     for key, value in changes.items():
         if key not in hints:
-            raise OmniError(f"{where}: unknown key {prefix}{key}{_suggest(str(key), prefix)}")
+            name = key if isinstance(key, str) else _short(key)
+            raise OmniError(f"{where}: unknown key {prefix}{name:.80}{_suggest(name[:80], prefix)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current) and isinstance(value, dict):
             new[key] = apply(current, value, where, f"{prefix}{key}.")
@@ -394,10 +395,28 @@ def _read_yaml(name: str) -> dict:
         known = ", ".join(presets())
         raise OmniError(f"config {name!r} is neither a file nor a preset (presets: {known})")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OmniError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST_YAML + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OmniError(f"config {path} cannot be read: {error}") from None
+    if len(text) > _LONGEST_YAML:
+        raise OmniError(f"config {path} is no config: it is larger than {_LONGEST_YAML} bytes")
+    tree = _parse(text, f"config {path}")
     return {} if tree is None else tree
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
+        # Not only its own errors: numbers too long, dates that do not exist, keys that are lists.
+        reason = " ".join(str(error).split())[:300]
+        raise OmniError(f"{where} cannot be read: {reason}") from None
+
+
+def _short(value: Any) -> str:
+    """Bounded, however large: YAML's aliases write a list of a billion entries in ten lines."""
+    return reprlib.repr(value)
 
 
 def _suggest(key: str, prefix: str) -> str:
@@ -424,15 +443,15 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         options = typing.get_args(hint)
         value = "none" if value is None and "none" in options else value
         if value not in options:
-            raise OmniError(f"{where} must be one of {', '.join(options)}, not {value!r}")
+            raise OmniError(f"{where} must be one of {', '.join(options)}, not {_short(value)}")
         return value
     if origin is tuple:
         inner = typing.get_args(hint)
         if not isinstance(value, list | tuple) or len(value) != len(inner):
-            raise OmniError(f"{where} must be a list of {len(inner)} numbers, not {value!r}")
+            raise OmniError(f"{where} must be a list of {len(inner)} numbers, not {_short(value)}")
         return tuple(_coerce(v, t, where) for v, t in zip(value, inner, strict=True))
     if isinstance(hint, types.UnionType) or dataclasses.is_dataclass(hint):
-        raise OmniError(f"{where} must be a mapping of keys, not {value!r}")
+        raise OmniError(f"{where} must be a mapping of keys, not {_short(value)}")
     if hint in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
         number = _finite(value)
         if number is not None and (hint is float or number == int(number)):
@@ -441,7 +460,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is str and isinstance(value, str):
         return value
-    raise OmniError(f"{where} must be of type {hint.__name__}, not {value!r}")
+    raise OmniError(f"{where} must be of type {hint.__name__}, not {_short(value)}")
 
 
 def _finite(value: int | float | str) -> float | None:

@@ -59,14 +59,20 @@ def decode_rgb(path: Path, selected: range) -> Iterator[tuple[int, np.ndarray]]:
 def _open(path: Path) -> Iterator[av.container.InputContainer]:
     try:
         # The whitelist keeps playlists disguised as videos from reaching the network.
-        container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, OSError) as error:
-        reason = error.strerror
+        container = av.open(
+            str(path.absolute()),
+            options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise OmniError(f"{path} is not a readable video ({reason}): give another file") from None
     with container:
         # FFmpeg draws plain text as a terminal screen; nobody means that.
         if not container.streams.video or container.format.name == "tty":
             raise OmniError(f"{path} holds no video: give another file")
+        if container.streams.video[0].codec_context is None:
+            raise OmniError(f"{path} is coded in a way that FFmpeg does not know: convert it")
         container.streams.video[0].thread_type = "AUTO"
         yield container
 

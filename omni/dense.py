@@ -3,22 +3,36 @@
 Letters: H' x W' grid points, T times.
 """
 
-import tempfile
+import math
+import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from omni.coords import grid_queries, pixel_centers
+from omni.errors import OmniError
+from omni.files import sync_folder, unwritable
+from omni.lock import locked
 from omni.readout import Reader
 
 __all__ = ["write_dense"]
+
+_LAYOUT = {"tracks": ((2,), "<f4"), "visible": ((), "|b1"), "visibility": ((), "<f4")}
+_LAYOUT["sigma"] = ((), "<f4")
+_BLOCK = 1 << 22
 
 
 def write_dense(
     reader: Reader, path: Path, frame: float, stride: int, times: np.ndarray | None = None
 ) -> None:
-    """Write every grid pixel's track as (H', W', T, ...) arrays, through memory-mapped files.
+    """Write every grid pixel's track as (H', W', T, ...) arrays.
+
+    Bands of rows are appended to plain files in `.NAME.partial` beside `path`, which are then
+    packed: never through a memory map, whose pages count as memory, and which kills the process
+    when the disk is full.
 
     Args:
         reader: of the run.
@@ -26,34 +40,76 @@ def write_dense(
         frame: frame of the grid.
         stride: of the grid, original pixels.
         times: times in frames to answer at; None: every frame.
+
+    Raises:
+        OmniError: the disk is too small, or another process writes the same file.
     """
     height, width = reader.video_size
     rows = len(pixel_centers((height, width), stride))
     points = grid_queries((height, width), frame, stride).reshape(rows, -1, 3)
-    columns = points.shape[1]
     count = reader.num_frames if times is None else len(times)
-    layout = {"tracks": ((2,), "f4"), "visible": ((), "?"), "visibility": ((), "f4")}
-    layout["sigma"] = ((), "f4")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        arrays = {
-            name: np.lib.format.open_memmap(
-                Path(folder) / f"{name}.npy", "w+", dtype, (rows, columns, count, *tail)
-            )
-            for name, (tail, dtype) in layout.items()
-        }
-        band = max(1, 4 * reader.chunk // columns)
-        for row in tqdm(range(0, rows, band), desc="export", unit="band", disable=None):
-            part = reader.tracks(points[row : row + band].reshape(-1, 3), times)
-            for name, array in arrays.items():
-                values = getattr(part, name)
-                array[row : row + band] = values.reshape(-1, columns, *values.shape[1:])
-        temporary = Path(folder) / "dense.npz"
-        np.savez(
-            temporary,
-            **arrays,
-            query_points=points,
-            size=np.asarray((height, width)),
-            fps=reader.fps,
-            format_version=1,
+    shape = (*points.shape[:2], count)
+    folder = path.with_name(f".{path.name}.partial")
+    try:
+        with locked(folder):
+            _require_space(path, math.prod(shape))
+            _write_bands(reader, points, shape, times, folder)
+            facts = {"query_points": points, "size": np.asarray((height, width))}
+            facts |= {"fps": np.float64(reader.fps), "format_version": np.int64(1)}
+            _pack(folder, facts)
+            os.replace(folder / "dense.npz", path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_space(path: Path, entries: int) -> None:
+    # Twice: the plain arrays, and the archive packed from them.
+    needed = 2 * entries * sum(math.prod(t) * np.dtype(d).itemsize for t, d in _LAYOUT.values())
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OmniError(
+            f"{path} needs {needed / 1e9:.1f} GB while it is written, but only {free / 1e9:.1f} GB "
+            "are free there: free some, raise --grid, or choose another folder with -o"
         )
-        temporary.replace(path)
+
+
+def _write_bands(
+    reader: Reader,
+    points: np.ndarray,
+    shape: tuple[int, int, int],
+    times: np.ndarray | None,
+    folder: Path,
+) -> None:
+    files = {name: open(folder / f"{name}.npy", "wb") for name in _LAYOUT}
+    try:
+        for name, (tail, dtype) in _LAYOUT.items():
+            facts = {"descr": dtype, "fortran_order": False, "shape": (*shape, *tail)}
+            np.lib.format.write_array_header_1_0(files[name], facts)
+        band = max(1, 4 * reader.chunk // shape[1])
+        for row in tqdm(range(0, shape[0], band), desc="export", unit="band", disable=None):
+            part = reader.tracks(points[row : row + band].reshape(-1, 3), times)
+            for name, (_, dtype) in _LAYOUT.items():
+                files[name].write(getattr(part, name).astype(dtype).tobytes())
+    finally:
+        for file in files.values():
+            file.close()
+
+
+def _pack(folder: Path, facts: dict[str, np.ndarray]) -> None:
+    """All arrays as `folder/dense.npz`, uncompressed, as `numpy.savez` lays it out."""
+    with open(folder / "dense.npz", "wb") as target:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for name in _LAYOUT:
+                with (
+                    open(folder / f"{name}.npy", "rb") as source,
+                    archive.open(f"{name}.npy", "w", force_zip64=True) as member,
+                ):
+                    shutil.copyfileobj(source, member, _BLOCK)
+            for name, value in facts.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, value, allow_pickle=False)
+        target.flush()
+        os.fsync(target.fileno())

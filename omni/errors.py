@@ -1,6 +1,6 @@
 """The one error type a user ever sees."""
 
-__all__ = ["OmniError"]
+__all__ = ["DamagedError", "OmniError"]
 
 
 class OmniError(ValueError):
@@ -8,3 +8,7 @@ class OmniError(ValueError):
 
     The command line prints the message and exits with code 2, without a traceback.
     """
+
+
+class DamagedError(OmniError):
+    """A file of a run folder is not as it was written; the stage that made it can make it again."""

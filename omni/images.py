@@ -12,12 +12,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from omni.errors import OmniError
+from omni.memory import require_memory
 
 __all__ = ["image_size", "list_images", "read_image", "read_mask"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 _ORIENTATION_TAG = 0x0112
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_FORMATS = ("JPEG", "PNG")
+"""Pillow goes by content, whatever the name says, and hands some formats to other programs."""
 
 
 def list_images(path: Path) -> list[Path]:
@@ -26,13 +28,17 @@ def list_images(path: Path) -> list[Path]:
     Other files and hidden ones (macOS `._x.jpg`) do not count.
 
     Raises:
-        OmniError: there are none.
+        OmniError: there are none, or the folder cannot be read.
     """
-    files = [
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
-    ]
+    try:
+        # Only regular files: opening a pipe would wait forever.
+        files = [
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in _SUFFIXES and file.name[0] != "." and file.is_file()
+        ]
+    except OSError as error:
+        raise OmniError(f"folder {path} cannot be read ({error.strerror})") from None
     if not files:
         raise OmniError(f"folder {path} holds no jpg or png images: give a folder of frames")
     return sorted(files, key=lambda file: (_natural(file.stem), file.name))
@@ -46,9 +52,13 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
 @contextmanager
 def _image(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
+            width, height = image.size
+            require_memory(12 * width * height, f"image {path}", "use a smaller one")
             yield image
-    except _UNREADABLE as error:
+    except OmniError:
+        raise
+    except Exception as error:  # a damaged or hostile image can fail anywhere in its decoder
         raise OmniError(f"image {path} cannot be read ({error}): replace or remove it") from None
 
 

@@ -101,10 +101,12 @@ def integrate(
     for step in (1, -1):
         for target in times[::step]:
             job.offer(target, step, np.flatnonzero((target - frames) * step > 0))
+            links.release()
     for step in (1, -1):
         for target in times[::-step]:
             later = np.flatnonzero((target - frames) * step > 0)
             job.offer(target, -step, later[chains.level[target, later] < STRICT])
+            links.release()
     return chains
 
 

@@ -21,10 +21,11 @@ class Links:
         size: (h, w) processing size.
         num_frames: T.
         gaps: stored distances between frames, ascending.
+        release: gives back the memory of what was read (see `Store.release`).
     """
 
     def __init__(self, store: Store):
-        self._flow = store.flow
+        self._flow, self.release = store.flow, store.release
         self._index = {tuple(pair): k for k, pair in enumerate(store.pairs.tolist())}
         self.size, self.num_frames = store.size, store.num_frames
         self.gaps = sorted({abs(target - source) for source, target in self._index})

@@ -3,6 +3,7 @@
 Letters: N points, T times, S samples per ray.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -26,11 +27,16 @@ from omni.fusion import Path, Witness, settle
 from omni.integration import integrate
 from omni.landmarks import Landmarks
 from omni.links import Links
+from omni.memory import out_of_memory, require_memory
 from omni.model import Field
 from omni.store import Store
 from omni.tracks import Tracks
 
 __all__ = ["Reader"]
+
+log = logging.getLogger(__name__)
+
+SMALLEST_CHUNK = 16
 
 QUERY_SIGMA = 0.05
 """Standard deviation of the query itself, pixels: it is given, up to rounding."""
@@ -81,15 +87,22 @@ class Reader:
         points = self._checked(query_points)
         times = np.arange(self.num_frames) if times is None else np.asarray(times, np.float64)
         shape = (len(points), len(times))
+        require_memory(
+            50 * len(points) * len(times),
+            f"answering {len(points)} queries at {len(times)} times",
+            "ask for fewer at once, or export with --dense",
+        )
         xy = np.empty((*shape, 2), np.float32)
         visibility, sigma = np.empty(shape, np.float32), np.empty(shape, np.float32)
         visible = np.empty(shape, bool)
-        for start in range(0, len(points), self.chunk):
-            rows = slice(start, start + self.chunk)
+
+        def answer(rows: slice) -> None:
             xy[rows], judged = self._answer(points[rows], times)
             visibility[rows], sigma[rows] = judged.visibility, judged.sigma
             visible[rows] = judged.visible
             progress(len(points[rows]))
+
+        self._in_chunks(len(points), answer)
         return Tracks(
             tracks=rescale(xy, self.size, self.video_size),
             visible=visible,
@@ -99,6 +112,22 @@ class Reader:
             size=self.video_size,
             fps=self.fps,
         )
+
+    def _in_chunks(self, total: int, work: Callable[[slice], None]) -> None:
+        """Call `work(rows)` for all rows; out of memory, halve the chunk from there on."""
+        start = 0
+        while start < total:
+            try:
+                work(slice(start, min(start + self.chunk, total)))
+                start += self.chunk
+                continue
+            except Exception as error:
+                if not out_of_memory(error) or self.chunk <= SMALLEST_CHUNK:
+                    raise
+            self.chunk //= 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            log.warning("out of memory: going on in chunks of %d points", self.chunk)
 
     def dense(self, frame: float, stride: int = 1, times: np.ndarray | None = None) -> Tracks:
         """Trajectories of every `stride`-th pixel of a frame, row by row of the strided grid."""
@@ -178,10 +207,14 @@ class Reader:
         xy = xy.reshape(-1, 2).to(self.device)
         moment = torch.tensor([float(time)], device=self.device)
         color, depth = [], []
-        for part in xy.split(self.chunk):
-            rays = self.field.cast(moment, part[None])
-            color.append(rays.composite_color()[0].cpu())
-            depth.append(rays.composite_depth()[0].cpu())
+
+        def shoot(rows: slice) -> None:
+            rays = self.field.cast(moment, xy[None, rows])
+            part = rays.composite_color()[0].cpu(), rays.composite_depth()[0].cpu()
+            color.append(part[0])
+            depth.append(part[1])
+
+        self._in_chunks(len(xy), shoot)
         color = torch.cat(color).view(height, width, 3).numpy()
         return color, torch.cat(depth).view(height, width).numpy()
 

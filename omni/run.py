@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omni.checkpoint import load_checkpoint
-from omni.config import Config, apply, load_config, to_yaml
+from omni.checkpoint import load_checkpoint, load_field
+from omni.config import Config, load_config, to_yaml
 from omni.coords import grid_queries, rescale
 from omni.dense import write_dense
-from omni.errors import OmniError
-from omni.model import Field
+from omni.errors import DamagedError, OmniError
+from omni.files import write_atomic
+from omni.lock import locked
 from omni.overlay import draw_tracks
 from omni.readout import Reader
 from omni.report import read_report, timed
-from omni.store import Store, write_atomic
+from omni.store import Store
 from omni.summaries import Summaries
 from omni.tracks import Tracks, load_queries
 from omni.trainer import Trainer, fit_key
@@ -82,13 +83,14 @@ def optimize(
     video = Path(video)
     run = default_run(video) if run is None else Path(run)
     settings = load_config(choose_config(run, config), overrides)
-    store = preprocess_video(video, run, settings, masks)
-    if matches is not None:
-        import_matches(run, matches)
-    _write_chains(run, store, settings, None)
-    fit(run, settings)
-    export(run, run / "tracks.npz")
-    visualize(run)
+    with locked(run):
+        store = preprocess_video(video, run, settings, masks)
+        if matches is not None:
+            import_matches(run, matches)
+        _write_chains(run, store, settings, None)
+        fit(run, settings)
+        export(run, run / "tracks.npz")
+        visualize(run)
     return load(run)
 
 
@@ -104,9 +106,11 @@ def preprocess_video(
     run = Path(run)
     settings = load_config(choose_config(run, config))
     _make_folder(run)
-    write_atomic(run / "config.yaml", to_yaml(settings).encode())
-    with timed(run, "preprocess") as record:
-        store = prepare(video, run, settings, masks)
+    with locked(run), timed(run, "preprocess") as record:
+        store = _without_video(Path(video), run, settings)
+        write_atomic(run / "config.yaml", to_yaml(settings).encode())
+        if store is None:
+            store = prepare(video, run, settings, masks)
         record["pairs"] = len(store.pairs)
         record["store_bytes"] = sum(f.stat().st_size for f in store.folder.iterdir())
     return store
@@ -128,9 +132,13 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
     if finished:
         log.info("the fit is finished")
         return
-    write_atomic(run / "config.yaml", to_yaml(settings).encode())
     events = run / "tensorboard"
-    with timed(run, "fit") as record, Summaries(events, settings, step) as summaries:
+    with (
+        locked(run),
+        timed(run, "fit") as record,
+        Summaries(events, settings, step) as summaries,
+    ):
+        write_atomic(run / "config.yaml", to_yaml(settings).encode())
         callbacks = summaries.scalars, summaries.images
         trainer = Trainer(store, settings, checkpoint, device, *callbacks, matches)
         trainer.run()
@@ -155,7 +163,8 @@ def import_matches(run: Path | str, path: Path | str) -> None:
             f"{path} holds tracks over {tracks.tracks.shape[1]} frames but the video has "
             f"{store.num_frames}: track the same frames"
         )
-    _resized(tracks, store.video_size).save(Path(run) / "matches.npz")
+    with locked(Path(run)):
+        _resized(tracks, store.video_size).save(Path(run) / "matches.npz")
 
 
 def export(
@@ -210,8 +219,9 @@ def track(
     """
     run = default_run(video) if run is None else Path(run)
     settings = load_config(choose_config(run, config), overrides)
-    store = preprocess_video(video, run, settings, masks)
-    return _write_chains(run, store, settings, queries)
+    with locked(run):
+        store = preprocess_video(video, run, settings, masks)
+        return _write_chains(run, store, settings, queries)
 
 
 def _write_chains(run: Path, store: Store, config: Config, queries: Path | str | None) -> Path:
@@ -230,8 +240,9 @@ def _write_chains(run: Path, store: Store, config: Config, queries: Path | str |
 
 
 def default_run(video: Path | str) -> Path:
-    """`runs/NAME`, where nothing else is asked for."""
-    return Path("runs") / Path(video).stem
+    """`runs/NAME`, where nothing else is asked for; never outside of `runs`."""
+    name = Path(video).absolute().stem.strip(". ")
+    return Path("runs") / (name or "video")
 
 
 def track_baseline(
@@ -258,7 +269,7 @@ def visualize(run: Path | str) -> None:
     if not tracks_path.is_file():
         export(run, tracks_path)
     tracks = Tracks.load(tracks_path)
-    with timed(run, "visualize"):
+    with locked(run), timed(run, "visualize"):
         shown = _overlay_tracks(opened, tracks)
         write_video(run / "overlay.mp4", draw_tracks(store.frames, shown), store.fps)
         step = -(-store.num_frames // output.render_frames)
@@ -288,15 +299,9 @@ class Run:
     def __init__(self, folder: Path, device: str = "auto"):
         self.folder = folder
         self.store = Store.open(folder)
-        target = _device(device)
-        state = load_checkpoint(folder / "checkpoint.pt", target)
-        self.config: Config = apply(Config(), state["config"], str(folder / "checkpoint.pt"))
-        self.steps: int = state["step"]
-        cuda = target.type == "cuda"
-        field = Field(state["num_frames"], self.config.model, self.config.render, cuda)
-        field.load_state_dict(state["field"])
-        field, chunk = field.to(target).eval(), self.config.output.chunk
-        self.reader = Reader(self.store, field, chunk, _matches(folder))
+        path, frames = folder / "checkpoint.pt", self.store.num_frames
+        field, self.config, self.steps = load_field(path, frames, _device(device))
+        self.reader = Reader(self.store, field, self.config.output.chunk, _matches(folder))
 
     @property
     def report(self) -> dict[str, Any]:
@@ -355,6 +360,25 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _without_video(video: Path, run: Path, settings: Config) -> Store | None:
+    """The finished store of a video that is gone since; None where the video is there.
+
+    Raises:
+        OmniError: it is gone, and the run was not preprocessed to the end with these settings.
+    """
+    if video.exists():
+        return None
+    own = run / "config.yaml"
+    if own.is_file() and (run / "manifest.json").is_file():
+        store, before = Store.open(run), load_config(str(own))
+        same = (before.data, before.flow) == (settings.data, settings.flow)
+        source = store.manifest.get("source")
+        if same and isinstance(source, dict) and source.get("name") == video.name:
+            log.warning("%s is gone: going on with its frames in %s", video, run)
+            return store
+    raise OmniError(f"{video} does not exist: give a video file or a folder of frames")
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -390,9 +414,9 @@ def _progress(checkpoint: Path, key: str) -> tuple[int, bool]:
         return 0, False
     try:
         state = load_checkpoint(checkpoint)
-    except OmniError:
+        return (state["step"], state["finished"]) if state["key"] == key else (0, False)
+    except (DamagedError, KeyError):
         return 0, False
-    return (state["step"], state["finished"]) if state["key"] == key else (0, False)
 
 
 def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:

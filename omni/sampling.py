@@ -4,6 +4,7 @@ The stored flows live where the model lives (memory-mapped on a CPU, resident on
 is a few gathers, with no work per pixel in Python. Letters: K pairs, N points per pair.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from omni.config import SamplingConfig
 from omni.store import FLOW_SCALE, Store, unpack_evidence
 
 __all__ = ["Batch", "CorrespondenceSampler", "LongTracks"]
+
+log = logging.getLogger(__name__)
 
 TILE = 16
 """Side in pixels of the tiles over which the running residual is kept."""
@@ -91,9 +94,9 @@ class CorrespondenceSampler:
         self.config, self.threshold, self.generator = config, threshold, generator
         self.device = device
         self.height, self.width = store.size
-        self.flow = torch.from_numpy(store.flow).to(device)
-        self.evidence = torch.from_numpy(store.evidence).to(device)
-        self.frames = torch.from_numpy(store.frames).to(device)
+        self.halvings = 0
+        arrays = store.flow, store.evidence, store.frames
+        self.flow, self.evidence, self.frames = (_resident(array, device) for array in arrays)
         self.pairs = torch.from_numpy(store.pairs)
         self.gaps = (self.pairs[:, 1] - self.pairs[:, 0]).abs()
         lines = [store.meta("evidence")["sigma"][str(gap)][:2] for gap in self.gaps.tolist()]
@@ -102,14 +105,19 @@ class CorrespondenceSampler:
         tiles = (store.num_frames, -(-self.height // TILE), -(-self.width // TILE))
         self.residual = torch.ones(tiles)
 
+    @property
+    def batch_pairs(self) -> int:
+        """Pairs per batch: the setting, halved whenever the memory was too small for it."""
+        return max(1, self.config.pairs >> self.halvings)
+
     def draw(self, gap_limit: int) -> Batch:
         """A training batch from pairs at most `gap_limit` frames apart (at least adjacent ones).
 
         A share of the pairs comes from long tracks, where there are any, at any distance in time.
         """
-        config = self.config
-        from_tracks = round(config.pairs * config.tracks) if self.tracks is not None else 0
-        flows = self._draw_flows(config.pairs - from_tracks, gap_limit)
+        pairs, share = self.batch_pairs, self.config.tracks
+        from_tracks = round(pairs * share) if self.tracks is not None and pairs > 1 else 0
+        flows = self._draw_flows(pairs - from_tracks, gap_limit)
         if not from_tracks:
             return flows
         return _joined(flows, self._draw_tracks(from_tracks))
@@ -142,7 +150,7 @@ class CorrespondenceSampler:
         sigma = torch.hypot(*(tracks.sigma[index, end[:, None]] for end in ends))
         pixel = xy.long()
         x, y = pixel[..., 0].clamp(0, self.width - 1), pixel[..., 1].clamp(0, self.height - 1)
-        color = self.frames[source[:, None], y.to(self.device), x.to(self.device)].float() / 255
+        color = self._gather(self.frames, source[:, None], y, x).float() / 255
         visible = both.T.gather(1, index)
         xy, target_xy, sigma, visible = (
             value.to(self.device) for value in (xy, target_xy, sigma, visible)
@@ -237,16 +245,20 @@ class CorrespondenceSampler:
 
     def _weights(self, k: Tensor, x: Tensor, y: Tensor, held_out: bool) -> tuple[Tensor, Tensor]:
         """Visible and hidden weights `(K, N)` of candidate pixels, from one side of the split."""
-        evidence = unpack_evidence(self.evidence[k[:, None], y, x])
+        evidence = unpack_evidence(self._gather(self.evidence, k[:, None], y, x))
         side = _held_out(k[:, None], x, y, self.config.held_out) == held_out
         visible = side & evidence.valid & (evidence.error <= self.threshold)
         hidden = side & evidence.valid & evidence.occluded
         return visible.float(), (hidden & ~visible).float()
 
+    def _gather(self, array: Tensor, *index: Tensor) -> Tensor:
+        """Entries of a stored array, wherever it lives, on the model's device."""
+        return array[tuple(part.to(array.device) for part in index)].to(self.device)
+
     def _batch(self, k: Tensor, x: Tensor, y: Tensor, visible: Tensor, hidden: Tensor) -> Batch:
         source, target = self.pairs.to(self.device)[k].unbind(-1)
-        flow = self.flow[k[:, None], y, x].float() / FLOW_SCALE
-        error = unpack_evidence(self.evidence[k[:, None], y, x]).error
+        flow = self._gather(self.flow, k[:, None], y, x).float() / FLOW_SCALE
+        error = unpack_evidence(self._gather(self.evidence, k[:, None], y, x)).error
         xy = torch.stack([x, y], dim=-1).float() + 0.5
         floor, slope = self.sigma_lines[k].unsqueeze(1).unbind(-1)
         return Batch(
@@ -257,8 +269,19 @@ class CorrespondenceSampler:
             sigma=floor + slope * error.float(),
             visible=visible,
             hidden=hidden,
-            color=self.frames[source[:, None], y, x].float() / 255,
+            color=self._gather(self.frames, source[:, None], y, x).float() / 255,
         )
+
+
+def _resident(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array of the store on `device`; memory-mapped on the CPU where it does not fit."""
+    mapped = torch.from_numpy(array)
+    try:
+        return mapped.to(device)
+    except torch.OutOfMemoryError:
+        size = array.nbytes / 1e9
+        log.warning("%s has no room for %.1f GB of the store: it stays on the disk", device, size)
+        return mapped
 
 
 def _joined(first: Batch, second: Batch) -> Batch:

@@ -8,23 +8,28 @@
     RUN/store/landmarks.npy    (P, M, 4) float32, feature matches between key frames
 
 Letters: T frames, K ordered frame pairs, h x w processing size. A stage writes `NAME.partial.npy`
-and a `.done` byte per item, so that an interrupted one continues; only a finished one is renamed
-and entered in the manifest, under a key that hashes its inputs and settings. Nothing is ever
-overwritten in place, all paths are relative to the run folder.
+and the checksum of every finished item, so that an interrupted one continues with what is truly on
+disk; only a finished one is renamed and entered in the manifest, under a key that hashes its inputs
+and settings. Nothing is ever overwritten in place, all paths are relative to the run folder, and
+nothing read here is trusted: checksums, shapes and ranges are checked when a store is opened.
 """
 
 import json
+import logging
+import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from omni.errors import OmniError
+from omni.errors import DamagedError, OmniError
+from omni.files import crc32_of, read_json, sync_folder, unwritable, write_atomic
 
 __all__ = [
     "FLOW_SCALE",
@@ -37,8 +42,9 @@ __all__ = [
     "encode_flow",
     "pack_evidence",
     "unpack_evidence",
-    "write_atomic",
 ]
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FLOW_SCALE = 32
@@ -100,18 +106,12 @@ def unpack_evidence(code) -> Evidence:
     )
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 class Stage:
-    """An unfinished stage: memory-mapped arrays plus one done-flag per item.
+    """An unfinished stage: memory-mapped arrays plus one checksum per finished item.
+
+    A checksum says that an item was written, and whether it reached the disk: after a power loss
+    the system may have kept the one and lost the other. Space is taken when the stage starts, since
+    a memory map on a full disk kills the process without a word.
 
     Attributes:
         arrays: name to writable memory map.
@@ -122,37 +122,58 @@ class Stage:
         self._folder, self._names = folder, list(arrays)
         state = folder / "stage.partial.json"
         expected = {"key": key, "arrays": _describe(arrays), "items": items}
-        resumable = _read_json(state) == expected and all(
-            self._partial(name).is_file() for name in arrays
-        )
-        if not resumable:
-            state.unlink(missing_ok=True)
+        if read_json(state) != expected or not self._restore(arrays, items):
+            with suppress(FileNotFoundError):
+                state.unlink()
             for name, (shape, dtype) in arrays.items():
-                file = np.lib.format.open_memmap(self._partial(name), "w+", dtype, shape)
-                file.flush()
-            self._done_path.write_bytes(bytes(items))
+                _allocate(self._partial(name), dtype, shape)
+            self._sums_path.write_bytes(bytes(8 * items))
             write_atomic(state, json.dumps(expected).encode())
         self.arrays = {
             name: np.lib.format.open_memmap(self._partial(name), "r+") for name in arrays
         }
-        self.done = np.memmap(self._done_path, dtype=np.uint8, mode="r+", shape=(items,))
+        self._sums = np.memmap(self._sums_path, dtype=np.uint64, mode="r+", shape=(items,))
+        self.done = self._sums > 0
+        for item in np.flatnonzero(self.done):
+            self.done[item] = self._sums[item] == self._sum(item)
 
     @property
-    def _done_path(self) -> Path:
+    def _sums_path(self) -> Path:
         return self._folder / "stage.done"
 
     def _partial(self, name: str) -> Path:
         return self._folder / f"{name}.partial.npy"
 
+    def _restore(self, arrays: dict[str, tuple], items: int) -> bool:
+        """Whether the files of an interrupted stage are there, renamed ones brought back."""
+        if not self._sums_path.is_file() or self._sums_path.stat().st_size != 8 * items:
+            return False
+        for name in arrays:
+            final = self._folder / f"{name}.npy"
+            if not self._partial(name).is_file() and final.is_file():
+                os.replace(final, self._partial(name))
+        return all(
+            _header(self._partial(name)) == (tuple(shape), np.dtype(dtype))
+            for name, (shape, dtype) in arrays.items()
+        )
+
+    def _sum(self, item: int) -> int:
+        """1 + CRC-32 of an item in every array; 0 says that it is not written."""
+        value = 0
+        for array in self.arrays.values():
+            value = zlib.crc32(np.ascontiguousarray(array[item]), value)
+        return 1 + value
+
     def mark(self, item: int) -> None:
         """Note that `item` is written completely. Call after writing it to every array."""
-        self.done[item] = 1
+        self._sums[item] = self._sum(item)
+        self.done[item] = True
 
     def flush(self) -> None:
-        """Push everything written so far to disk, data before flags."""
+        """Push everything written so far to disk."""
         for array in self.arrays.values():
             array.flush()
-        self.done.flush()
+        self._sums.flush()
 
     def close(self) -> dict[str, dict[str, Any]]:
         """Rename the arrays to their final names; returns size and checksum of each."""
@@ -162,13 +183,17 @@ class Stage:
         for name in self._names:
             records[f"{name}.npy"] = {
                 "bytes": self._partial(name).stat().st_size,
-                "crc32": _crc32(self._partial(name)),
+                "crc32": crc32_of(self._partial(name)),
             }
         for name in self._names:
             os.replace(self._partial(name), self._folder / f"{name}.npy")
-        for path in (self._done_path, self._folder / "stage.partial.json"):
-            path.unlink(missing_ok=True)
+        sync_folder(self._folder)
         return records
+
+    def forget(self) -> None:
+        """Remove the notes of a stage that the manifest now holds."""
+        for path in (self._folder / "stage.partial.json", self._sums_path):
+            path.unlink(missing_ok=True)
 
 
 class Store:
@@ -184,37 +209,103 @@ class Store:
         self.folder = self.run / "store"
         self._arrays: dict[str, np.ndarray] = {}
         path = self.run / "manifest.json"
-        self.manifest = _read_json(path) if path.exists() else _empty_manifest()
-        if not isinstance(self.manifest, dict) or not isinstance(self.manifest.get("stages"), dict):
-            raise OmniError(
-                f"{path} is damaged: delete it and run `omni optimize` again to rebuild the store"
-            )
-        version = self.manifest.get("format_version")
-        if version != FORMAT_VERSION:
+        self.manifest = read_json(path) if path.exists() else _empty_manifest()
+        version = self.manifest.get("format_version") if isinstance(self.manifest, dict) else None
+        if isinstance(version, int) and version != FORMAT_VERSION:
             raise OmniError(
                 f"{self.run} was written in format {version}, this omni reads {FORMAT_VERSION}: "
                 "use the omni that wrote it or a new run folder"
             )
+        if not _is_manifest(self.manifest):
+            raise DamagedError(
+                f"{path} is damaged: run `omni optimize VIDEO -o {self.run}` to rebuild the store"
+            )
 
     @classmethod
     def open(cls, run: Path | str) -> "Store":
-        """The store of a run whose preprocessing is finished."""
+        """The store of a run whose preprocessing is finished, checked as a whole.
+
+        Raises:
+            OmniError: not finished, damaged, or its parts do not fit each other.
+        """
         if not Path(run).is_dir():
             raise OmniError(f"run folder {run} does not exist: make one with `omni optimize VIDEO`")
         store = cls(run)
-        if not store.has("flow"):
+        if not {"frames", "flow", "evidence"} <= store.manifest["stages"].keys():
             raise OmniError(f"{run} holds no finished preprocessing: run `omni preprocess` first")
+        for stage in store.manifest["stages"]:
+            if not store.has(stage):
+                raise DamagedError(
+                    f"{store.folder / stage}.npy is missing or damaged (its checksum differs): "
+                    f"run `omni optimize VIDEO -o {run}` to rebuild it"
+                )
+        if not store._fits():
+            raise DamagedError(
+                f"{store.run / 'manifest.json'} does not describe the arrays in {store.folder}: "
+                f"delete it and run `omni optimize VIDEO -o {run}` to rebuild the store"
+            )
         return store
 
+    @classmethod
+    def create(cls, run: Path | str) -> "Store":
+        """The store of a run folder to write into; what is damaged there is computed again.
+
+        Raises:
+            OmniError: written by a newer version.
+        """
+        try:
+            return cls(run)
+        except DamagedError:
+            path = Path(run) / "manifest.json"
+            log.warning("%s is damaged: preprocessing starts anew", path)
+            path.unlink()
+            return cls(run)
+
     def has(self, stage: str, key: str | None = None) -> bool:
-        """Whether `stage` is finished (under this `key`) and its files have their full size."""
+        """Whether `stage` is finished (under this `key`) and its files are as they were written."""
         record = self.manifest["stages"].get(stage)
         if record is None or (key is not None and record["key"] != key):
             return False
         return all(
-            (self.folder / name).is_file() and (self.folder / name).stat().st_size == file["bytes"]
+            _is_intact(self.folder / name, file["bytes"], file["crc32"])
             for name, file in record["files"].items()
         )
+
+    def _fits(self) -> bool:
+        """Whether manifest and arrays, which anyone may have made, agree with each other."""
+        try:
+            stages, video = self.manifest["stages"], self.manifest["video"]
+            shape, pairs, meta = self.frames.shape, self.pairs, self.meta("evidence")
+            expected = {
+                "frames": ((*shape[:3], 3), np.uint8),
+                "flow": ((len(pairs), *shape[1:3], 2), np.int16),
+                "evidence": ((len(pairs), *shape[1:3]), np.uint8),
+                "masks": (shape[:3], np.uint8),
+            }
+            numbers = [meta["threshold"]]
+            for gap in np.unique(np.abs(pairs[:, 1] - pairs[:, 0])).tolist():
+                floor, slope = meta["sigma"][str(gap)]
+                numbers += [floor, slope]
+            if "landmarks" in stages:
+                keys = np.asarray(self.meta("landmarks")["pairs"], np.int64).reshape(-1, 2)
+                expected["landmarks"] = ((len(keys), *self.landmarks.shape[1:2], 4), np.float32)
+                if not ((keys >= 0) & (keys < len(self.frames))).all():
+                    return False
+            return (
+                all(set(stages[name]["files"]) == {f"{name}.npy"} for name in stages)
+                and all(
+                    (self._array(name).shape, self._array(name).dtype) == expected[name]
+                    for name in stages
+                )
+                and len(self.frames) == video["num_frames"] >= 2
+                and all(type(side) is int and 0 < side < 1 << 16 for side in video["size"])
+                and len(video["size"]) == 2
+                and all(0 < number < 1e6 for number in [*numbers, video["fps"]])
+                and bool(((pairs >= 0) & (pairs < len(self.frames))).all())
+                and bool((pairs[:, 0] != pairs[:, 1]).all())
+            )
+        except (OmniError, KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            return False
 
     def meta(self, stage: str) -> dict[str, Any]:
         """What a finished stage noted about its output."""
@@ -232,9 +323,15 @@ class Store:
 
         An exception or interruption inside leaves the finished items on disk for the next try.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._forget(name)
-        stage = Stage(self.folder, key, arrays, items)
+        record = self.manifest["stages"].get(name)
+        if record is not None and record["key"] == key:
+            log.warning("%s in %s is damaged: computing it again", name, self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._forget(name)
+            stage = Stage(self.folder, key, arrays, items)
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
         stage.meta = {}
         try:
             yield stage
@@ -242,6 +339,17 @@ class Store:
             stage.flush()
             raise
         self._record(name, key, stage.close(), stage.meta)
+        stage.forget()
+
+    def release(self) -> None:
+        """Give back what was read of the arrays; it is read again when needed.
+
+        Else all that was ever touched counts as this process's memory. Changes to the arrays, which
+        were this process's alone, are lost.
+        """
+        for array in self._arrays.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
     def note(self, **values: Any) -> None:
         """Set top-level manifest entries (source, video facts) and write it."""
@@ -259,6 +367,7 @@ class Store:
 
     def _write_manifest(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
+        self.manifest["crc32"] = _manifest_crc32(self.manifest)
         data = json.dumps(self.manifest, indent=1)
         write_atomic(self.run / "manifest.json", data.encode())
 
@@ -267,9 +376,10 @@ class Store:
             path = self.folder / f"{name}.npy"
             try:
                 self._arrays[name] = np.load(path, mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise OmniError(
-                    f"{path} cannot be read ({error}): run `omni preprocess` again"
+            except Exception as error:  # a hostile header can fail anywhere in numpy's parser
+                reason = " ".join(str(error).split())[:200]
+                raise DamagedError(
+                    f"{path} cannot be read ({reason}): run `omni preprocess` again"
                 ) from None
         return self._arrays[name]
 
@@ -328,20 +438,85 @@ def _empty_manifest() -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "stages": {}}
 
 
-def _read_json(path: Path) -> Any:
+def _is_manifest(manifest: Any) -> bool:
+    """Whether a manifest is one, undamaged, and names nothing outside its folder."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+        return False
+    if manifest.get("format_version") != FORMAT_VERSION:
+        return False
+    if "crc32" in manifest and manifest["crc32"] != _manifest_crc32(manifest):
+        return False
+    return all(map(_is_record, manifest["stages"].values()))
+
+
+def _is_record(record: Any) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
+        return (
+            isinstance(record["key"], str)
+            and isinstance(record["meta"], dict)
+            and all(
+                Path(file).name == file
+                and type(facts["bytes"]) is int
+                and type(facts["crc32"]) is int
+                for file, facts in record["files"].items()
+            )
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _manifest_crc32(manifest: dict[str, Any]) -> int:
+    rest = {name: value for name, value in manifest.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+_verified: dict[tuple, bool] = {}
+"""Files checked by this process, by what changes when someone writes to them."""
+
+
+def _is_intact(path: Path, size: int, crc32: int) -> bool:
+    try:
+        status = path.stat()
+        if status.st_size != size:
+            return False
+        seen = path, status.st_ino, size, status.st_mtime_ns, crc32
+        if seen not in _verified:
+            _verified[seen] = crc32_of(path) == crc32
+    except (OSError, ValueError):
+        return False
+    return _verified[seen]
 
 
 def _describe(arrays: dict[str, tuple]) -> dict[str, list]:
     return {name: [list(shape), np.dtype(dtype).str] for name, (shape, dtype) in arrays.items()}
 
 
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+def _allocate(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Make an `.npy` file of zeros that owns its disk space.
+
+    Raises:
+        OSError: the disk cannot hold it.
+    """
+    path.unlink(missing_ok=True)
+    facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, facts)
+        file.flush()
+        length = math.prod(shape) * np.dtype(dtype).itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), file.tell(), length)
+        else:
+            file.truncate(file.tell() + length)
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape and type of an `.npy` file whose size is what they ask for; else None."""
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            size = file.tell() + math.prod(shape) * dtype.itemsize
+            whole = os.fstat(file.fileno()).st_size == size
+    except Exception:  # a hostile header can fail anywhere in numpy's parser
+        return None
+    return (shape, dtype) if whole and not fortran else None

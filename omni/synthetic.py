@@ -18,8 +18,8 @@ import numpy as np
 
 from omni.coords import grid_queries, inside, pixel_centers
 from omni.errors import OmniError
+from omni.files import write_atomic
 from omni.scenes import SCENES, Scene
-from omni.store import write_atomic
 from omni.surfaces import Sheet, Surface, dot
 
 __all__ = ["SCENES", "SyntheticClip", "make_clip"]

@@ -5,6 +5,7 @@ Letters: N points, T frames. Positions are raster pixels `(x, y)` of the origina
 """
 
 import io
+import math
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from omni.errors import OmniError
-from omni.store import write_atomic
+from omni.files import check_archive, write_atomic
 
-__all__ = ["Tracks", "load_queries", "read_arrays"]
+__all__ = ["Tracks", "frame_rate", "frame_size", "load_queries", "read_arrays"]
 
 FORMAT_VERSION = 1
 
@@ -63,12 +64,7 @@ class Tracks:
         Raises:
             OmniError: the file cannot be written.
         """
-        try:
-            write_atomic(Path(path), self.to_bytes())
-        except OSError as error:
-            raise OmniError(
-                f"cannot write {path} ({error.strerror}): choose another folder with -o"
-            ) from None
+        write_atomic(Path(path), self.to_bytes())
 
     def subset(self, index: slice | np.ndarray) -> "Tracks":
         """The tracks of some points."""
@@ -80,30 +76,36 @@ class Tracks:
         """Read a `tracks.npz`.
 
         Raises:
-            OmniError: no such file, no `.npz`, arrays missing or of other shapes.
+            OmniError: no such file, no `.npz`, a newer format, arrays missing or of other shapes.
         """
         data = read_arrays(path, ("tracks", "visible", "query_points", "size"))
-        tracks, visible = data["tracks"], data["visible"]
-        points, size = data["query_points"], data["size"].ravel()
+        version = data.get("format_version", np.int64(FORMAT_VERSION))
+        if version.shape == () and version > FORMAT_VERSION:
+            raise OmniError(
+                f"{path} was written in format {version}, this omni reads {FORMAT_VERSION}: use "
+                "the omni that wrote it"
+            )
+        tracks, visible, points = data["tracks"], data["visible"], data["query_points"]
+        sigma = data.get("sigma", np.full(visible.shape, np.nan, np.float32))
+        visibility = data.get("visibility", visible)
         if (
             tracks.ndim != 3
             or tracks.shape[2] != 2
-            or visible.shape != tracks.shape[:2]
+            or not (visible.shape == visibility.shape == sigma.shape == tracks.shape[:2])
             or points.shape != (len(tracks), 3)
-            or len(size) != 2
         ):
             raise OmniError(
-                f"{path}: tracks must be (N, T, 2), visible (N, T), query_points (N, 3), size (2,)"
+                f"{path}: tracks must be (N, T, 2), visible, visibility and sigma (N, T), "
+                "query_points (N, 3)"
             )
-        visible = visible.astype(bool)
         return cls(
             tracks=tracks.astype(np.float32),
-            visible=visible,
-            visibility=data.get("visibility", visible).astype(np.float32),
-            sigma=data.get("sigma", np.full(visible.shape, np.nan)).astype(np.float32),
+            visible=visible.astype(bool),
+            visibility=visibility.astype(np.float32),
+            sigma=sigma.astype(np.float32),
             query_points=points.astype(np.float32),
-            size=(int(size[0]), int(size[1])),
-            fps=float(data.get("fps", 24.0)),
+            size=frame_size(path, data["size"]),
+            fps=frame_rate(path, data),
         )
 
 
@@ -114,15 +116,44 @@ def load_queries(path: Path | str) -> np.ndarray:
         OmniError: as `read_arrays`, or another shape, or values that are not finite.
     """
     points = read_arrays(path, ("query_points",))["query_points"]
-    if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiu":
-        raise OmniError(f"{path}: query_points must be numbers of shape (N, 3), t y x")
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise OmniError(f"{path}: query_points must be of shape (N, 3), t y x")
+    with np.errstate(over="ignore"):
+        points = points.astype(np.float32)
     if not np.isfinite(points).all():
         raise OmniError(f"{path}: query_points holds values that are not finite")
-    return points.astype(np.float32)
+    return points
+
+
+def frame_size(path: Path | str, values: np.ndarray) -> tuple[int, int]:
+    """(H, W) of an untrusted array.
+
+    Raises:
+        OmniError: not two numbers that can be the size of a frame.
+    """
+    sides = np.ravel(values)
+    if len(sides) != 2 or not (np.isfinite(sides) & (sides >= 1) & (sides < 1 << 16)).all():
+        raise OmniError(f"{path}: size must be the height and width of the frames in pixels")
+    return int(sides[0]), int(sides[1])
+
+
+def frame_rate(path: Path | str, arrays: dict[str, np.ndarray]) -> float:
+    """`fps` of untrusted arrays; 24 where they do not say.
+
+    Raises:
+        OmniError: not one positive number.
+    """
+    fps = np.ravel(arrays.get("fps", 24.0))
+    if len(fps) != 1 or not 0 < fps[0] < 1e6:
+        raise OmniError(f"{path}: fps must be a positive number")
+    return float(fps[0])
 
 
 def read_arrays(path: Path | str, required: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Every plain array of an untrusted `.npz`; pickled objects are refused.
+    """Every array of real numbers or booleans in an untrusted `.npz`; text in it is left out.
+
+    An array's header must promise exactly what its file in the archive holds, and all of them
+    together must fit in memory, before anything is unpacked.
 
     Raises:
         OmniError: no such file, no readable `.npz`, or a `required` array is missing.
@@ -130,12 +161,38 @@ def read_arrays(path: Path | str, required: tuple[str, ...]) -> dict[str, np.nda
     path = Path(path)
     if not path.is_file():
         raise OmniError(f"{path} does not exist: give the path of an .npz file")
+    arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise OmniError(f"{path} is not a readable .npz of plain arrays ({error})") from None
+        with check_archive(path) as archive:
+            for member in archive.infolist():
+                array = _read_array(archive, member)
+                if array is not None:
+                    arrays[member.filename.removesuffix(".npy")] = array
+    except OmniError:
+        raise
+    except Exception as error:  # a damaged or hostile archive can fail anywhere in its readers
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise OmniError(f"{path} is not a readable .npz of plain arrays ({reason})") from None
     missing = [name for name in required if name not in arrays]
     if missing:
-        raise OmniError(f"{path} lacks {', '.join(missing)} (it holds {', '.join(arrays)})")
+        held = f"{', '.join(arrays)!r:.200}"
+        raise OmniError(f"{path} lacks {', '.join(missing)} (it holds {held})")
     return arrays
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray | None:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        held = member.file_size - file.tell()
+    if dtype.kind in "SU":
+        return None
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise ValueError(f"{member.filename} holds {dtype}, not numbers")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"{member.filename} promises {shape} {dtype} in {held} bytes")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

@@ -4,11 +4,9 @@ import copy
 import hashlib
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,11 +18,13 @@ from omni.camera import global_motion
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.config import Config, digest, to_dict
 from omni.coords import denormalize, normalize
-from omni.errors import OmniError
+from omni.errors import DamagedError
 from omni.initialize import chain_tracks, imported_tracks, surface_depth
+from omni.memory import out_of_memory
 from omni.model import Field, Rays
 from omni.sampling import Batch, CorrespondenceSampler, LongTracks
 from omni.schedules import gap_limit, learning_rate
+from omni.signals import Interrupted, stop_signals
 from omni.store import Store
 from omni.tracks import Tracks
 
@@ -99,27 +99,30 @@ class Trainer:
         """Train to the end, continuing a checkpoint of the same fit if there is one.
 
         Raises:
-            KeyboardInterrupt: on SIGINT or SIGTERM, after saving.
+            Interrupted: on a stop signal, after saving.
         """
-        self._resume()
+        self._good = self._resume() or self.state()
         if self.finished:
             return
-        self._good = self.state()
         saved = time.monotonic()
         bar = tqdm(
             total=self.config.optim.steps, initial=self.step, desc="fit", unit="step", disable=None
         )
-        with _stop_signals(self), bar:
+        with stop_signals(self._note_signal), bar:
             while not self.finished:
                 self._advance(bar)
                 if self._stop_signal is not None:
                     self.save()
-                    raise KeyboardInterrupt
+                    raise Interrupted(self._stop_signal)
                 if time.monotonic() - saved > self.config.optim.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
         self.save()
         self.on_images(self)
+
+    def _note_signal(self, number: int, frame: object) -> None:
+        """Stop after the current step."""
+        self._stop_signal = number
 
     @property
     def finished(self) -> bool:
@@ -158,11 +161,19 @@ class Trainer:
         """One update; the loss terms by name, or None where it had to be rolled back."""
         fraction = self.step / self.config.optim.steps
         sampling = self.config.sampling
-        batch = self.sampler.draw(gap_limit(sampling.gap_start, sampling.gap_end, fraction))
-        terms, residual = self._terms(batch)
-        loss = losses.total(terms, self.config.loss, fraction)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        try:
+            batch = self.sampler.draw(gap_limit(sampling.gap_start, sampling.gap_end, fraction))
+            terms, residual = self._terms(batch)
+            loss = losses.total(terms, self.config.loss, fraction)
+            loss.backward()
+        except Exception as error:
+            if not out_of_memory(error) or self.sampler.batch_pairs == 1:
+                raise
+            loss = None
+        if loss is None:  # outside the handler: the error would hold on to the memory
+            self._halve()
+            return None
         if not self._finite(loss):
             self._roll_back()
             return None
@@ -266,26 +277,38 @@ class Trainer:
                 "field": self.field.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "sampler": self.sampler.state_dict(),
+                "halvings": self.sampler.halvings,
                 "finished": self.finished,
             }
         )
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        save_checkpoint(self.path, self.state())
+        """Write the checkpoint, with the state that a roll-back would return to."""
+        save_checkpoint(self.path, {**self.state(), "good": self._good})
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Continue a checkpoint of the same fit; the good state it came with."""
         if not self.path.is_file():
-            return
+            return None
         try:
             state = load_checkpoint(self.path, self.device)
-        except OmniError as error:
+        except DamagedError as error:
             log.warning("%s; starting the fit anew", error)
-            return
-        if state["key"] != self.key:
+            return None
+        if state.get("key") != self.key:
             log.warning("inputs or settings of the fit changed: starting it anew")
-            return
-        self._restore(state)
+            return None
+        try:
+            good = state.pop("good", state)
+            for known in (good, state):  # both, so that a roll-back cannot fail later
+                self._restore(known)
+            return good
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
+            raise DamagedError(
+                f"{self.path} does not fit itself: delete it and run again"
+            ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         state = copy.deepcopy(state)
@@ -294,6 +317,7 @@ class Trainer:
         self.sampler.load_state_dict({k: v.cpu() for k, v in state["sampler"].items()})
         self.step, self.history = state["step"], state["history"]
         self.rate, self.rollbacks = state["rate"], state["rollbacks"]
+        self.sampler.halvings = max(self.sampler.halvings, state.get("halvings", 0))
 
     def _finite(self, loss: Tensor) -> bool:
         """Whether the loss and every gradient are finite; bounds that of the couplings."""
@@ -313,6 +337,18 @@ class Trainer:
         self.rollbacks, self.rate = rollbacks, rate
         # Else the same draw would come again.
         self.generator.manual_seed(self.config.seed + 1000003 * rollbacks)
+
+    def _halve(self) -> None:
+        """Go on with half as many pairs per batch."""
+        self.sampler.halvings += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning(
+            "out of memory at step %d: going on with batches of %d pairs",
+            self.step,
+            self.sampler.batch_pairs,
+        )
 
     def _stalled(self) -> bool:
         """No held-out improvement above 1 % over the last `patience` evaluations."""
@@ -359,24 +395,3 @@ class Trainer:
             betas=optim.betas,
             fused=True,
         )
-
-
-class _stop_signals:
-    """While active, SIGINT and SIGTERM ask the loop to save and stop after the current step."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.previous = trainer, {}
-
-    def __enter__(self) -> None:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._note)
-        except ValueError:
-            log.debug("not in the main thread: signals keep their handlers")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.trainer._stop_signal = number

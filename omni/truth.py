@@ -5,6 +5,7 @@ queries `(t, y, x)`. All files are untrusted: `.npz` without pickled objects, an
 through an unpickler that can build nothing but arrays and builtin containers.
 """
 
+import io
 import pickle
 import re
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from omni.errors import OmniError
-from omni.tracks import Tracks, read_arrays
+from omni.memory import require_memory
+from omni.tracks import Tracks, frame_rate, frame_size, read_arrays
 
 __all__ = ["Truth", "load_prediction", "load_truth"]
 
@@ -85,10 +87,8 @@ def load_prediction(path: Path | str) -> Tracks:
     tracks = _unbatched(data["pred_tracks"], 3)
     seen = _unbatched(data["pred_visibility"], 2)
     queries = _unbatched(data["queries"], 2)
-    if tracks.shape[2:] != (2,) or seen.shape != tracks.shape[:2] or data["size"].size != 2:
-        raise OmniError(
-            f"{path}: pred_tracks must be (1, T, N, 2), pred_visibility (1, T, N), size (2,)"
-        )
+    if tracks.shape[2:] != (2,) or seen.shape != tracks.shape[:2]:
+        raise OmniError(f"{path}: pred_tracks must be (1, T, N, 2), pred_visibility (1, T, N)")
     if queries.shape != (tracks.shape[1], 3):
         raise OmniError(f"{path}: queries must be (1, N, 3), t x y, one for each track")
     probability = seen.T.astype(np.float32)
@@ -98,8 +98,8 @@ def load_prediction(path: Path | str) -> Tracks:
         visibility=probability,
         sigma=np.full(probability.shape, np.nan, np.float32),
         query_points=(queries[:, [0, 2, 1]] + [0, 0.5, 0.5]).astype(np.float32),
-        size=_size(data["size"]),
-        fps=float(data.get("fps", 24.0)),
+        size=frame_size(path, data["size"]),
+        fps=frame_rate(path, data),
     )
 
 
@@ -115,7 +115,7 @@ def _unbatched(array: np.ndarray, dims: int) -> np.ndarray:
 def _from_npz(path: Path) -> Truth:
     data = read_arrays(path, ("tracks", "visible"))
     if "size" in data and data["size"].size == 2:
-        size = _size(data["size"])
+        size = data["size"]
     elif "video" in data and data["video"].ndim == 4:
         size = data["video"].shape[1:3]
     else:
@@ -140,7 +140,8 @@ def _from_pickle(path: Path, name: str | None) -> Truth:
     if name is None and len(clips) == 1:
         name = next(iter(clips))
     if name not in clips:
-        known = ", ".join(map(str, list(clips)[:8])) + (", ..." if len(clips) > 8 else "")
+        known = ", ".join(f"{clip!s:.40}" for clip in list(clips)[:8])
+        known += ", ..." if len(clips) > 8 else ""
         raise OmniError(f"{path}: choose a clip with {path.name}:NAME, NAME one of {known}")
     clip = clips[name]
     fields = [_array(clip.get(key)) for key in ("points", "occluded")] if _is_dict(clip) else []
@@ -164,10 +165,12 @@ def _checked(
     query_points: np.ndarray | None = None,
     mask_area: np.ndarray | None = None,
 ) -> Truth:
+    size = frame_size(path, size)
     annotated = np.ones(visible.shape, bool) if annotated is None else annotated
     if (
         tracks.ndim != 3
         or tracks.shape[2] != 2
+        or tracks.shape[1] == 0
         or not (visible.shape == annotated.shape == tracks.shape[:2])
     ):
         raise OmniError(f"{path}: tracks must be (N, T, 2), visible and annotated (N, T)")
@@ -190,12 +193,7 @@ def _checked(
     if mask_area is not None and mask_area.shape != (length,):
         raise OmniError(f"{path}: mask_area must hold one area for each of {length} frames")
     area = None if mask_area is None else mask_area.astype(np.float32)
-    return Truth(tracks, visible, annotated, query_points.astype(np.float32), _size(size), area)
-
-
-def _size(values: Any) -> tuple[int, int]:
-    height, width = (int(value) for value in np.ravel(values))
-    return height, width
+    return Truth(tracks, visible, annotated, query_points.astype(np.float32), size, area)
 
 
 def _is_dict(clip: Any) -> bool:
@@ -206,8 +204,9 @@ class _Dtype:
     """Stands for a pickled dtype; only plain numbers and booleans."""
 
     def __init__(self, code: Any, *_):
-        if not re.fullmatch(r"[<>=|]?[biuf?]\d*", str(code)):
-            raise pickle.UnpicklingError(f"dtype {code!r} is not allowed")
+        if not (isinstance(code, str) and re.fullmatch(r"[<>=|]?[biuf?]\d?", code)):
+            name = code if isinstance(code, str) else type(code).__name__
+            raise pickle.UnpicklingError(f"dtype {name:.40} is not allowed")
         self.value = np.dtype(code)
 
     def __setstate__(self, state: Any):
@@ -234,16 +233,53 @@ def _array(value: Any) -> np.ndarray | None:
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r} is not allowed")
+        raise pickle.UnpicklingError("only the encoding latin1 is allowed")
     return text.encode("latin1")
 
 
-class _Unpickler(pickle.Unpickler):
+# The C unpickler takes memory by what a pickle says (an 8-byte index asks for gigabytes), the one
+# in Python by what it holds.
+class _Unpickler(pickle._Unpickler):
     """Builds arrays of numbers and builtin containers, and nothing else.
 
     numpy's own constructors are replaced by `_Array` and `_Dtype`: their `__setstate__` trusts its
     input, so that a forged dtype could make numpy follow arbitrary pointers.
     """
+
+    dispatch = {**pickle._Unpickler.dispatch}
+    # Hashing tuples nested n deep takes 2^n steps.
+    for _code in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.DICT):
+        del dispatch[_code[0]]
+
+    def load_bytearray8(self) -> None:
+        """Read bytes, without first taking as much memory as the pickle says they need."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def load_build(self) -> None:
+        """Give what `find_class` made its state, and nothing else."""
+        if not isinstance(self.stack[-2], _Array | _Dtype):
+            raise pickle.UnpicklingError("only arrays may have a state")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_setitem(self) -> None:
+        """One entry of a dict, under a name or number."""
+        if not isinstance(self.stack[-2], str | int):
+            raise pickle.UnpicklingError("keys must be names or numbers")
+        super().load_setitem()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        """Entries of a dict, under names or numbers."""
+        if not all(isinstance(key, str | int) for key in self.stack[::2]):
+            raise pickle.UnpicklingError("keys must be names or numbers")
+        super().load_setitems()
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy._core", "numpy.core")
@@ -264,9 +300,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with open(path, "rb") as file:
-            return _Unpickler(file).load()
+        require_memory(3 * path.stat().st_size, f"{path}", "use a smaller file, or more memory")
+        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except OmniError:
+        raise
     except OSError as error:
         raise OmniError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise OmniError(f"{path} is no TAP-Vid pickle of plain arrays ({error})") from None
+        raise OmniError(f"{path} is no TAP-Vid pickle of plain arrays ({error!s:.200})") from None

@@ -13,7 +13,7 @@ from omni.errors import OmniError
 from preprocess.flow import FlowProvider
 from preprocess.parallel import single_threaded_opencv, worker_count
 
-__all__ = ["Estimate", "estimate_cost", "file_bytes", "require_space"]
+__all__ = ["Estimate", "estimate_cost", "file_bytes", "fitting_workers", "require_space"]
 
 _BASE_BYTES = 600 << 20  # interpreter with torch, OpenCV and a decoder
 _PIXEL_BYTES = 460  # working set of one refined DIS flow per pixel, measured at 480x854
@@ -72,6 +72,14 @@ def estimate_cost(
     working = _PIXEL_BYTES * pixels * provider.workers
     memory = _BASE_BYTES + working + _VIDEO_PIXEL_BYTES * math.prod(video_size)
     return Estimate(file_bytes(arrays), memory, seconds)
+
+
+def fitting_workers(
+    workers: int, size: tuple[int, int], video_size: tuple[int, int], available: int
+) -> int:
+    """At most `workers` threads of flow at `size` (h, w), as many as `available` bytes hold."""
+    room = available - _BASE_BYTES - _VIDEO_PIXEL_BYTES * math.prod(video_size)
+    return max(1, min(workers, room // (_PIXEL_BYTES * math.prod(size))))
 
 
 def file_bytes(arrays: Arrays) -> int:

@@ -16,11 +16,12 @@ import numpy as np
 from omni.config import Config, digest
 from omni.coords import processing_size
 from omni.errors import OmniError
+from omni.memory import available_memory
 from omni.store import UNKNOWN, Store, decode_flow, pack_evidence
 from omni.video import VideoSource, load_masks, open_video
 from preprocess.consistency import assess, gap_statistics
 from preprocess.cuts import find_cuts
-from preprocess.estimate import estimate_cost, require_space
+from preprocess.estimate import estimate_cost, fitting_workers, require_space
 from preprocess.features import MATCHES, find_features, key_pairs, match
 from preprocess.flow import FlowProvider, accepts, compute_flows, resolve_provider
 from preprocess.pairs import schedule
@@ -59,7 +60,7 @@ def prepare(
     if source.num_frames < 2:
         raise OmniError(f"{video} has {source.num_frames} selected frame(s): at least 2 are needed")
     labels = None if masks is None else load_masks(masks, source)
-    job = _Job(source, Store(run), config, labels, progress)
+    job = _Job(source, Store.create(run), config, labels, progress)
     job.forget_outdated()
     job.announce()
     job.write_frames()
@@ -146,6 +147,11 @@ class _Job:
         missing = {n: a for n, a in arrays.items() if not self.store.has(n, self.keys[n])}
         require_space(self.store.folder, missing)
         if self.provider:
+            asked, video = self.provider.workers, self.source.size
+            fitting = fitting_workers(asked, self.size, video, available_memory())
+            if fitting < asked:
+                logger.warning("memory holds %d of %d threads of flow", fitting, asked)
+                self.provider.workers = fitting
             images = tuple(self._shrink(image) for image in islice(self.source, 2))
             cost = estimate_cost(images, self.source.size, self._pairs(), missing, self.provider)
             count, (height, width) = self.source.num_frames, self.size

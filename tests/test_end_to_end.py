@@ -1,7 +1,6 @@
 """The product as a user runs it: real subprocesses, real files, real signals."""
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -132,23 +131,6 @@ def test_export_answers_queries_grids_dense_and_fractional_times(finished, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_continues_to_the_same_bytes(finished, clip, tmp_path, number):
-    run = tmp_path / "run"
-    settings = [*TINY, "--set=optim.checkpoint_seconds=0.5"]
-    arguments = [*OMNI, "optimize", str(clip), "-o", str(run), "--config", "cpu", *settings]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    assert process.wait(60) != 0
-    assert not (run / "tracks.npz").exists()
-    assert command(*arguments[3:]).returncode == 0
-    assert (run / "tracks.npz").read_bytes() == (finished / "tracks.npz").read_bytes()
-
-
-@pytest.mark.slow
 def test_board_serves_curves_pictures_and_an_animation(finished):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -258,21 +240,3 @@ def _outside_the_repository(tmp_path_factory):
     before = set(Path().iterdir())
     yield
     assert set(Path().iterdir()) - before <= {Path(".pytest_cache"), Path(".hypothesis")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(40, 1), (16, 128)])
-def test_extreme_shapes_finish_with_finite_tracks(shape, tmp_path):
-    frames = tmp_path / "frames"
-    frames.mkdir()
-    texture = np.random.default_rng(0).integers(0, 255, (shape[0], shape[1] + 3, 3), np.uint8)
-    for t in range(3):
-        iio.imwrite(frames / f"{t}.png", texture[:, t : t + shape[1]])
-    run = tmp_path / "run"
-    result = command(
-        "optimize", frames, "-o", run, "--config", "cpu", *TINY, "--set=optim.steps=20"
-    )
-    assert result.returncode == 0, result.stderr
-    tracks = omni.Tracks.load(run / "tracks.npz")
-    assert len(tracks.tracks) > 0
-    assert np.isfinite(tracks.tracks).all() and np.isfinite(tracks.sigma).all()

@@ -11,19 +11,19 @@ REPO = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     "errors config coords schedules splines textures surfaces scenes",  # nothing but numbers
-    "decoding images video store tracks links camera appearance landmarks integration"
-    " smoothing",  # files
+    "memory signals files lock decoding images video store tracks links camera appearance"
+    " landmarks integration smoothing",  # files
     "networks bijection canonical rendering",  # tensors
     "model",
     "losses sampling initialize",
     "checkpoint trainer",
     "confidence fusion readout dense report truth metrics baselines overlay viz board summaries"
     " synthetic",  # results
-    "run cli",
+    "run doctor cli",
 ]
 ORDER = " ".join(LEVELS).split()
 TENSORS = LEVELS[2].split()
-CONTRACT = {"config", "coords", "errors", "store", "video"}
+CONTRACT = {"config", "coords", "errors", "memory", "store", "video"}
 """All that `preprocess` may know of `omni`: the store is the only road between the two."""
 
 

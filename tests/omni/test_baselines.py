@@ -34,8 +34,9 @@ def make_store(folder, flow_of, pairs=None, frames=FRAMES, video_size=SIZE):
     evidence = {"evidence": ((len(pairs), *SIZE), np.uint8)}
     with store.stage("evidence", "k", evidence, 1) as stage:
         gaps = {abs(target - source) for source, target in pairs}
-        stage.meta["sigma"] = {str(gap): [0.25, 0.6] for gap in gaps}
-    store.note(video={"size": list(video_size), "fps": 10.0})
+        sigma = {str(gap): [0.25, 0.6] for gap in gaps}
+        stage.meta.update(threshold=1.5, sigma=sigma)
+    store.note(video={"size": list(video_size), "fps": 10.0, "num_frames": frames})
     return Store.open(folder)
 
 

@@ -170,6 +170,28 @@ def test_a_non_finite_loss_rolls_back_lowers_the_rate_and_goes_on(
     assert state["history"][-1]["mean"] < state["history"][0]["mean"] + 0.1
 
 
+def test_a_resumed_fit_rolls_back_to_where_an_uninterrupted_one_does(
+    small_store, tiny_config, tmp_path
+):
+    """Not to the checkpoint it continued from, which may be spoilt already."""
+    settings = dict(steps=20, evaluate_every=8, log_every=1)
+    whole = trainer(small_store, tiny_config, tmp_path / "whole.pt", **settings)
+    whole.on_scalars = at_step(13, poison(whole, "motion.matrices"))
+    whole.run()
+    first = trainer(small_store, tiny_config, tmp_path / "parts.pt", **settings)
+
+    def spoil_and_stop():
+        poison(first, "motion.matrices")()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    first.on_scalars = at_step(13, spoil_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    trainer(small_store, tiny_config, tmp_path / "parts.pt", **settings).run()
+    expected, parts = (load_checkpoint(tmp_path / f"{n}.pt") for n in ("whole", "parts"))
+    assert parts["rollbacks"] == 1 and differences(parts, expected) == []
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(
     small_store, tiny_config, tmp_path, caplog
 ):

@@ -3,7 +3,13 @@ import pytest
 
 from omni.errors import OmniError
 from preprocess.dis import DisFlow
-from preprocess.estimate import Estimate, estimate_cost, file_bytes, require_space
+from preprocess.estimate import (
+    Estimate,
+    estimate_cost,
+    file_bytes,
+    fitting_workers,
+    require_space,
+)
 from preprocess.pairs import schedule
 
 
@@ -36,3 +42,10 @@ def test_estimate_grows_with_pairs_and_reads_as_one_line():
     assert str(Estimate(1_900_000_000, 50_000_000, 660)) == (
         "1.9 GB on disk, 50.0 MB of memory, about 11 min"
     )
+
+
+def test_only_as_many_threads_as_the_memory_holds():
+    size, video = (480, 854), (1080, 1920)
+    assert fitting_workers(16, size, video, 64 << 30) == 16
+    assert fitting_workers(16, size, video, (600 << 20) + 12 * 1080 * 1920 + 3 * 200_000_000) == 3
+    assert fitting_workers(16, size, video, 0) == 1

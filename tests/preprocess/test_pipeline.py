@@ -124,7 +124,7 @@ def test_a_killed_run_continues_to_the_bytes_of_an_uninterrupted_one(clip, finis
 
 def marked(path):
     try:
-        return sum(path.read_bytes())
+        return np.count_nonzero(np.frombuffer(path.read_bytes(), np.uint64))
     except FileNotFoundError:
         return 0
 

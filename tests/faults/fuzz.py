@@ -1,0 +1,673 @@
+"""Feed every reader of untrusted files with crafted ones; each must read or refuse them clearly.
+
+    python tests/faults/fuzz.py --inputs 20000 [READER ...]
+
+Hypothesis chooses what to do to a valid file: bytes overwritten, cut, doubled, moved, sizes made
+absurd, at the surface or inside of an archive whose checksums are then made right again, or values
+of a JSON or YAML tree replaced. Each reader runs in a process of its own, which may take 4 GB more
+than it starts with and 10 seconds per input. Counted as failures: any exception but `OmniError`, a
+message of more than one line or 1,000 characters, a hang, a crash, a file written elsewhere.
+"""
+
+import argparse
+import io
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from omni.errors import OmniError
+
+MAGIC = [
+    b"",
+    b"\x00" * 8,
+    b"\xff" * 8,
+    b"\xff\xff\xff\x7f",
+    b"\x00\x00\x00\x00\x01\x00\x00\x00",
+    b"99999999999",
+    b"-1",
+    b"1e999",
+    b"nan",
+    b"../../../escaped",
+    b"(4294967296,)",
+    b"'|O'",
+    b"\x80\x04\x95",
+    b"cos\nsystem\n(S'touch escaped'\ntR.",
+    b"[" * 3000,
+    b"*a",
+    b"&a [*a]",
+]
+WEIRD = [
+    *(None, True, -1, 0, 1 << 70, -(10**400), 0.5, 1e308, float("nan"), float("inf")),
+    *("", "../../../escaped", "/escaped", "x" * 5000, "\x00\x1b[31m", "9" * 5000, "1e400"),
+    *([], {}, [[]], [[1, 2]], {"a": {"b": []}}, [1e9] * 3, "!!python/object:os.system"),
+]
+
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(["overwrite", "insert", "cut", "truncate", "double", "move"]),
+        st.integers(0, 1 << 24),
+        st.integers(0, 1 << 24),
+        st.sampled_from(MAGIC) | st.binary(max_size=8),
+    ),
+    min_size=1,
+    max_size=5,
+)
+plans = st.tuples(
+    st.integers(0, 1 << 10),
+    st.sampled_from(["surface", "inside", "values"]),
+    st.integers(0, 1 << 16),
+    st.sampled_from(WEIRD),
+    edits,
+)
+
+
+def edited(data, changes):
+    for kind, where, length, value in changes:
+        at = where % (len(data) + 1)
+        span = length % 64 if length % 2 else length % (len(data) + 1)
+        if kind == "overwrite":
+            data = data[:at] + value + data[at + len(value) :]
+        elif kind == "insert":
+            data = data[:at] + value + data[at:]
+        elif kind == "cut":
+            data = data[:at] + data[at + span :]
+        elif kind == "truncate":
+            data = data[:at]
+        elif kind == "double" and len(data) < 1 << 20:
+            data = data[:at] + data[at : at + span] * 2 + data[at + span :]
+        elif kind == "move":
+            data = data[:at] + data[at + span :] + data[at : at + span]
+    return data
+
+
+def paths_of(tree, prefix=()):
+    yield prefix
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from paths_of(value, (*prefix, key))
+
+
+def with_value(tree, path, value):
+    if not path:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[path[0]] = with_value(tree[path[0]], path[1:], value)
+    return copy
+
+
+def crafted(seeds, plan, repair=lambda data: data):
+    """The file that a plan makes of one of the seeds."""
+    which, kind, where, value, changes = plan
+    data = seeds[which % len(seeds)]
+    if kind == "values":
+        try:
+            tree = json.loads(data)
+        except ValueError:
+            kind = "inside"
+        else:
+            paths = list(paths_of(tree))
+            return repair(json.dumps(with_value(tree, paths[where % len(paths)], value)).encode())
+    if kind == "inside" and data[:2] == b"PK":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            parts = [(member.filename, archive.read(member)) for member in archive.infolist()]
+        name, part = parts[where % len(parts)]
+        parts[where % len(parts)] = name, edited(part, changes)
+        out, packed = io.BytesIO(), zipfile.ZIP_DEFLATED if which % 5 == 0 else zipfile.ZIP_STORED
+        with zipfile.ZipFile(out, "w", packed) as archive:
+            for name, part in parts:
+                archive.writestr(name, part)
+        return out.getvalue()
+    data = edited(data, changes)
+    return repair(data) if kind == "inside" else data
+
+
+# One class per reader: `seeds`, valid files; `read`, which may raise nothing but OmniError.
+
+
+class Reader:
+    suffix = ""
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / f"input{self.suffix}"
+        self.seeds = self.make()
+
+    def __call__(self, plan):
+        self.path.write_bytes(crafted(self.seeds, plan, self.repair))
+        self.read()
+
+    def repair(self, data):
+        return data
+
+
+def npz(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def some_tracks():
+    rng = np.random.default_rng(0)
+    return {
+        "tracks": rng.uniform(0, 20, (3, 4, 2)).astype(np.float32),
+        "visible": rng.random((3, 4)) > 0.5,
+        "visibility": rng.random((3, 4)).astype(np.float32),
+        "sigma": rng.random((3, 4)).astype(np.float32),
+        "query_points": np.array([[0, 1, 2], [1, 3, 4], [3, 5, 6]], np.float32),
+        "size": np.array([24, 32]),
+        "fps": np.float64(24),
+        "format_version": np.int64(1),
+    }
+
+
+class TracksReader(Reader):
+    suffix = ".npz"
+
+    def make(self):
+        return [npz(**some_tracks())]
+
+    def read(self):
+        from omni.tracks import Tracks
+
+        Tracks.load(self.path)
+
+
+class QueriesReader(TracksReader):
+    def read(self):
+        from omni.tracks import load_queries
+
+        load_queries(self.path)
+
+
+class TruthReader(TracksReader):
+    def make(self):
+        tracks = some_tracks()
+        area = {"annotated": tracks["visible"], "mask_area": np.ones(4), "meta": np.array("text")}
+        video = {"video": np.zeros((4, 24, 32, 3), np.uint8)}
+        plain = {name: tracks[name] for name in ("tracks", "visible")}
+        return [npz(**tracks, **area), npz(**plain, **video)]
+
+    def read(self):
+        from omni.truth import load_truth
+
+        load_truth(self.path)
+
+
+class PredictionReader(TracksReader):
+    def make(self):
+        tracks = some_tracks()
+        cotracker = npz(
+            pred_tracks=tracks["tracks"].transpose(1, 0, 2)[None],
+            pred_visibility=tracks["visible"].T[None],
+            queries=tracks["query_points"][None],
+            size=tracks["size"],
+        )
+        return [cotracker, npz(**tracks)]
+
+    def read(self):
+        from omni.truth import load_prediction
+
+        load_prediction(self.path)
+
+
+class PickleReader(Reader):
+    suffix = ".pkl"
+
+    def make(self):
+        import pickle
+
+        tracks = some_tracks()
+        clip = {
+            "points": tracks["tracks"] / 32,
+            "occluded": ~tracks["visible"],
+            "video": np.zeros((4, 24, 32, 3), np.uint8),
+        }
+        return [pickle.dumps(clips, p) for p in (2, 4, 5) for clips in ([clip], {"0": clip})]
+
+    def read(self):
+        from omni.truth import load_truth
+
+        load_truth(f"{self.path}:0")
+
+
+def small_field():
+    from omni.config import Config, ModelConfig
+
+    model = ModelConfig(
+        couplings=1, hidden=4, code_dim=4, grid_levels=1, grid_log2_size=5, grid_base=2, surface=2
+    )
+    return Config(model=model)
+
+
+class CheckpointReader(Reader):
+    suffix = ".pt"
+
+    def make(self):
+        import torch
+
+        from omni.checkpoint import save_checkpoint
+        from omni.config import to_dict
+        from omni.model import Field
+
+        torch.set_num_threads(1)
+        config = small_field()
+        state = {
+            "key": "k",
+            "config": to_dict(config),
+            "num_frames": 4,
+            "step": 3,
+            "history": [{"step": 1, "mean": 0.5}],
+            "field": Field(4, config.model, config.render).state_dict(),
+            "sampler": {"residual": torch.ones(2), "generator": torch.ones(8, dtype=torch.uint8)},
+        }
+        save_checkpoint(self.path, state)
+        return [self.path.read_bytes()]
+
+    def read(self):
+        import torch
+
+        from omni.checkpoint import load_field
+
+        load_field(self.path, 4, torch.device("cpu"))
+
+
+class ConfigReader(Reader):
+    suffix = ".yaml"
+
+    def make(self):
+        from omni.config import Config, to_dict, to_yaml
+
+        aliases = "\n".join(
+            ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+        )
+        tree = json.dumps(to_dict(Config()))
+        short = "optim: {steps: 3, betas: [0.9, 0.99]}\nflow: {provider: dis}\n"
+        return [
+            tree.encode(),
+            tree.encode(),
+            to_yaml(Config()).encode(),
+            short.encode(),
+            f"{aliases}\nseed: *a59\n".encode(),
+        ]
+
+    def read(self):
+        from omni.config import load_config
+
+        load_config(str(self.path), ["optim.steps=5"])
+
+
+def write_run(run):
+    """A preprocessed run of four frames of 8 x 12 pixels."""
+    from omni.store import Store
+
+    store, pairs = Store(run), [[0, 1], [1, 0], [1, 2], [2, 1], [2, 3], [3, 2]]
+    layout = {
+        "frames": ((4, 8, 12, 3), np.uint8, {"cuts": []}),
+        "flow": ((6, 8, 12, 2), np.int16, {"pairs": pairs, "provider": "dis"}),
+        "evidence": (
+            (6, 8, 12),
+            np.uint8,
+            {"threshold": 1.5, "sigma": {"1": [0.25, 0.6]}, "gaps": [{"gap": 1}]},
+        ),
+    }
+    for name, (shape, dtype, meta) in layout.items():
+        with store.stage(name, "k", {name: (shape, dtype)}, shape[0]) as stage:
+            stage.meta.update(meta)
+    store.note(
+        source={"name": "clip.mp4", "fingerprint": "f"},
+        video={"size": [16, 24], "fps": 24.0, "num_frames": 4},
+    )
+
+
+class ManifestReader(Reader):
+    def make(self):
+        write_run(self.folder / "run")
+        self.path = self.folder / "run" / "manifest.json"
+        return [self.path.read_bytes()]
+
+    def repair(self, data):
+        """An attacker writes the right checksum."""
+        try:
+            tree = json.loads(data)
+            rest = {name: value for name, value in tree.items() if name != "crc32"}
+            tree["crc32"] = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+            return json.dumps(tree).encode()
+        except (ValueError, AttributeError, RecursionError):
+            return data
+
+    def read(self):
+        from omni.links import Links
+        from omni.store import Store
+
+        store = Store.open(self.folder / "run")
+        links = Links(store)
+        for source, target in filter(lambda pair: links.stored(*pair), store.pairs.tolist()):
+            links.follow(source, target, np.array([[3.0, 4.0]], np.float32))
+        assert store.fps > 0 and store.masks is None and min(store.video_size) > 0
+
+
+class ArrayReader(ManifestReader):
+    """Arrays of the store, under a manifest that has their size and checksum right."""
+
+    def make(self):
+        super().make()
+        self.manifest = self.path
+        self.path = self.folder / "run" / "store" / "flow.npy"
+        return [self.path.read_bytes()]
+
+    def repair(self, data):
+        return data
+
+    def read(self):
+        data, tree = self.path.read_bytes(), json.loads(self.manifest.read_text())
+        files = tree["stages"]["flow"]["files"]
+        files["flow.npy"] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+        text = ManifestReader.repair(self, json.dumps(tree).encode())
+        self.manifest.write_bytes(text)
+        super().read()
+
+
+class StageReader(Reader):
+    """The files of an interrupted stage: continued, or started anew."""
+
+    def make(self):
+        self.run, self.turn = self.folder / "run", 0
+        self.names = ("stage.partial.json", "stage.done", "flow.partial.npy")
+        self.arrays = {"flow": ((6, 8, 12, 2), np.int16)}
+        self.reopen()
+        return [(self.run / "store" / name).read_bytes() for name in self.names]
+
+    def reopen(self):
+        from omni.store import Store
+
+        class Stop(Exception):
+            pass
+
+        try:
+            with Store(self.run).stage("flow", "k", self.arrays, 6) as stage:
+                for item in range(4):
+                    stage.arrays["flow"][item] = item
+                    stage.mark(item)
+                raise Stop
+        except Stop:
+            assert stage.done.sum() == 4
+
+    def __call__(self, plan):
+        which = plan[0] % 3
+        for name, seed in zip(self.names, self.seeds, strict=True):
+            (self.run / "store" / name).write_bytes(seed)
+        data = crafted([self.seeds[which]], plan)
+        (self.run / "store" / self.names[which]).write_bytes(data)
+        self.reopen()
+
+
+class ReportReader(Reader):
+    def make(self):
+        self.path = self.folder / "report.json"
+        fit = {"held_out": [{"median": 0.5, "mean": 1.0, "within_1px": 0.9}], "steps": 5}
+        fit.update(seconds=1.0, peak_memory_mb=100)
+        return [json.dumps({"stages": {"fit": fit, "export": fit}}).encode()]
+
+    def read(self):
+        from omni.report import read_report, timed
+        from omni.summaries import summary_table
+
+        summary_table(read_report(self.folder))
+        with timed(self.folder, "fit"):
+            pass
+
+
+class LockReader(Reader):
+    def make(self):
+        from omni import lock
+
+        lock.PATIENCE, lock.SETTLE = 0.001, 0.0
+        self.path = self.folder / "lock"
+        return [json.dumps({**lock._ours(), "pid": pid}).encode() for pid in (1, 1 << 22)]
+
+    def read(self):
+        from omni.lock import locked
+
+        try:
+            with locked(self.folder):
+                assert self.path.exists()
+        finally:
+            self.path.unlink(missing_ok=True)
+
+
+class ImageReader(Reader):
+    suffix = ".png"
+
+    def make(self):
+        from PIL import Image
+
+        rng, seeds = np.random.default_rng(0), []
+        image = Image.fromarray(rng.integers(0, 255, (9, 11, 3), np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        for format, mode in (
+            ("PNG", "RGB"),
+            ("PNG", "P"),
+            ("PNG", "LA"),
+            ("JPEG", "RGB"),
+            ("PNG", "I;16"),
+            ("GIF", "P"),
+            ("TIFF", "RGB"),
+            ("EPS", "RGB"),
+        ):
+            buffer = io.BytesIO()
+            picture = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+            picture.save(buffer, format, **({"exif": exif} if format == "JPEG" else {}))
+            seeds.append(buffer.getvalue())
+        return seeds
+
+    def read(self):
+        from omni.images import image_size, read_image
+
+        size = image_size(self.path)
+        assert read_image(self.path).shape == (*size, 3)
+
+
+class MaskReader(ImageReader):
+    def read(self):
+        from omni.images import read_mask
+
+        mask, _ = read_mask(self.path)
+        assert mask.ndim == 2 and mask.dtype == np.uint8
+
+
+class VideoReader(Reader):
+    suffix = ".mp4"
+
+    def make(self):
+        import av
+
+        from omni.video import write_video
+
+        av.logging.set_level(None)
+        frames = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8)
+        write_video(self.path, iter(frames), 10.0)
+        return [
+            self.path.read_bytes(),
+            b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+            b"ffconcat version 1.0\nfile /etc/passwd\n",
+        ]
+
+    def read(self):
+        from omni.video import open_video
+
+        for image in open_video(self.path):
+            assert image.dtype == np.uint8
+
+
+class NameReader(Reader):
+    """Names of videos and of frames: nothing is read or written outside."""
+
+    def make(self):
+        return [b"clip.mp4", b"..mp4", b"....mp4", b"frame_0001.png", b"a/../../b.mp4", b"~/x.mp4"]
+
+    def __call__(self, plan):
+        from omni.images import list_images
+        from omni.run import default_run
+
+        name = os.fsdecode(crafted(self.seeds, plan)[:200].replace(b"\x00", b""))
+        inside = self.folder / "runs"
+        chosen = self.folder / default_run(name)
+        assert chosen.resolve().parent == inside.resolve(), name
+        frame = os.path.basename(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        frames = self.folder / "frames"
+        frames.mkdir(exist_ok=True)
+        if frame not in ("", ".", ".."):
+            path = frames / f"{frame[:60]}.png"
+            path.write_bytes(b"x")
+            try:
+                assert list_images(frames) == [path]
+            finally:
+                path.unlink()
+
+
+READERS = {
+    "tracks": TracksReader,
+    "queries": QueriesReader,
+    "truth": TruthReader,
+    "prediction": PredictionReader,
+    "pickle": PickleReader,
+    "checkpoint": CheckpointReader,
+    "config": ConfigReader,
+    "manifest": ManifestReader,
+    "arrays": ArrayReader,
+    "stage": StageReader,
+    "report": ReportReader,
+    "lock": LockReader,
+    "image": ImageReader,
+    "mask": MaskReader,
+    "video": VideoReader,
+    "names": NameReader,
+}
+
+
+class Hang(BaseException):
+    pass
+
+
+def on_alarm(number, frame):
+    raise Hang("10 seconds")
+
+
+def fuzz(name, inputs, folder):
+    """Try `inputs` crafted files on a reader.
+
+    Returns:
+        counts of what was `read`, `refused`, and of failures by kind, and an example of each kind.
+    """
+    counts, examples, tried = Counter(), {}, 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.seterr(all="ignore")
+        reader = READERS[name](folder)
+
+        @settings(
+            max_examples=inputs,
+            database=None,
+            deadline=None,
+            derandomize=False,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(plans)
+        def attempt(plan):
+            nonlocal tried
+            tried += 1
+            signal.alarm(10)
+            try:
+                reader(plan)
+                outcome = "read"
+            except OmniError as error:
+                clear = "\n" not in str(error) and len(str(error)) <= 1000
+                outcome = "refused" if clear else "unclear message"
+                problem = error
+            except Hang as error:
+                outcome, problem = "hang", error
+            except Exception as error:
+                outcome, problem = type(error).__name__, error
+            finally:
+                signal.alarm(0)
+            counts[outcome] += 1
+            if outcome not in ("read", "refused") and outcome not in examples:
+                trace = traceback.format_exception(problem)
+                examples[outcome] = f"{problem!s:.300} at {''.join(trace)[-900:]}"
+
+        previous = signal.signal(signal.SIGALRM, on_alarm)
+        try:
+            while tried < inputs:  # Hypothesis stops early where it finds nothing new
+                attempt()
+        finally:
+            signal.signal(signal.SIGALRM, previous)
+    escaped = [str(p) for p in (folder.parent / "escaped", Path("/escaped")) if p.exists()]
+    if escaped or Path("escaped").exists():
+        counts["escaped"] += 1
+    return {"reader": name, "inputs": tried, **counts, "examples": examples}
+
+
+def failures(result):
+    """How many inputs were neither read nor refused in one clear sentence."""
+    return result["inputs"] - result.get("read", 0) - result.get("refused", 0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("readers", nargs="*", help=f"of {', '.join(READERS)} (default: all)")
+    parser.add_argument("--inputs", type=int, default=20000)
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        import torch  # noqa: F401 - its address space does not count
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), resource.RLIM_INFINITY))
+        logging.disable(logging.ERROR)
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder) / "work"
+            work.mkdir()
+            result = fuzz(options.readers[0], options.inputs, work)
+        result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(json.dumps(result))
+        return
+    results = []
+    print(f"{'reader':12} {'inputs':>8} {'read':>8} {'refused':>8} {'failures':>8} {'peak MB':>8}")
+    for name in options.readers or READERS:
+        command = [sys.executable, __file__, name, "--alone", "--inputs", str(options.inputs)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace")
+        if done.returncode:
+            print(f"{name:12} crashed with code {done.returncode}")
+            results.append({"reader": name, "inputs": 0, "crashed": done.returncode})
+            continue
+        result = json.loads(done.stdout.splitlines()[-1])
+        results.append(result)
+        shown = [result.get(key, 0) for key in ("inputs", "read", "refused")]
+        shown += [failures(result), result["peak_memory_mb"]]
+        print(f"{name:12}", *(f"{value:8}" for value in shown), flush=True)
+        for kind, example in result["examples"].items():
+            print(f"    {result[kind]} x {kind}: {example}", flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
+    sys.exit(any(r.get("crashed") or failures(r) for r in results))
+
+
+if __name__ == "__main__":
+    main()
