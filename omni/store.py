@@ -4,6 +4,8 @@
     RUN/store/frames.npy       (T, h, w, 3) uint8, processing resolution
     RUN/store/masks.npy        (T, h, w) uint8 object labels, 0 background (only with masks)
     RUN/store/flow.npy         (K, h, w, 2) int16, pixels x FLOW_SCALE, source to target
+    RUN/store/doubt.npy        (K, h, w) uint8, only from flow providers that judge themselves:
+                               sigma and hidden, packed as error and occluded of evidence
     RUN/store/evidence.npy     (K, h, w) uint8, see `pack_evidence`
 
 Letters: T frames, K ordered frame pairs, h x w processing size. A stage writes `NAME.partial.npy`
@@ -282,6 +284,12 @@ class Store:
     def flow(self) -> np.ndarray:
         """(K, h, w, 2) int16, see `decode_flow`."""
         return self._array("flow")
+
+    @property
+    def doubt(self) -> np.ndarray | None:
+        """(K, h, w) uint8, or None where the flow provider does not judge itself."""
+        judged = "doubt.npy" in self.manifest["stages"]["flow"]["files"]
+        return self._array("doubt") if judged else None
 
     @property
     def evidence(self) -> np.ndarray:
