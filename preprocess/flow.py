@@ -152,7 +152,9 @@ def compute_flows(
         return np.asarray(frames[source]), np.asarray(frames[target]), start
 
     def work(group):
-        for k, motion in zip(group, provider.estimate_batch(list(map(request, group))), strict=True):
+        for k, motion in zip(
+            group, provider.estimate_batch(list(map(request, group))), strict=True
+        ):
             flow[k] = encode_flow(motion.flow)
             if provider.judges:
                 certain = np.ones(motion.hidden.shape, bool)

@@ -40,7 +40,7 @@ class Prediction:
 
 
 class FlowNetwork(nn.Module):
-    """`raft_small` or `raft_large`, split so that every frame is encoded once, with or without heads.
+    """`raft_small` or `raft_large`, split so that every frame is encoded once; heads or none.
 
     Source: Teed and Deng, RAFT, ECCV 2020. Heads as in MFT (Neoral et al., WACV 2024): they see
     recurrent state, context, correlation, flow, its last change and motion features, and never
@@ -82,7 +82,8 @@ class FlowNetwork(nn.Module):
             updates: number of recurrent updates; only while training all flows are returned.
         """
         raft, update = self.raft, self.raft.update_block
-        raft.corr_block.build_pyramid(features1.float(), features2.float())
+        with torch.autocast(context.device.type, enabled=False):  # sub-pixel peaks need all bits
+            raft.corr_block.build_pyramid(features1.float(), features2.float())
         context = context.float()
         hidden, context = torch.tanh(context[:, : self._hidden]), F.relu(context[:, self._hidden :])
         flow = torch.zeros_like(context[:, :2]) if start is None else start

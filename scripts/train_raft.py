@@ -23,14 +23,16 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from omni.errors import OmniError
-from training.raft import RaftTrainer, Recipe
+from training.raft_trainer import RaftTrainer, Recipe
 
 
 def main() -> None:
     """Parse the command line and train."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of checkpoint, weights and TensorBoard files")
+    parser.add_argument(
+        "out", type=Path, help="folder of checkpoint, weights and TensorBoard files"
+    )
     parser.add_argument("--variant", choices=("small", "large"), default=recipe.variant)
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--batch", type=int, default=recipe.batch)

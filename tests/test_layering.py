@@ -40,13 +40,13 @@ def imports(package, name):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{package}/{name}.py: imports are absolute"
             targets = [node.module]
-            if node.module in ("omni", "preprocess"):
+            if node.module in ("omni", "preprocess", "training"):
                 targets = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for target in targets:
             head, _, rest = target.partition(".")
-            if head in ("omni", "preprocess"):
+            if head in ("omni", "preprocess", "training"):
                 ours.add((head, rest.split(".")[0], node not in top))
             else:
                 others.add(head)
@@ -103,6 +103,22 @@ def test_omni_reaches_preprocess_only_from_run_and_lazily():
         if package == "preprocess"
     }
     assert found == {("run", True)}
+
+
+def test_training_of_the_flow_network_is_a_room_of_its_own():
+    """`training` knows the network and numbers; nothing that is used without training knows it."""
+    known = {
+        target[:2]
+        for name in modules("training")
+        for target in imports("training", name)[0]
+        if target[0] != "training"
+    }
+    assert known == {("preprocess", "network")} | {
+        ("omni", name) for name in ("checkpoint", "coords", "errors", "store", "textures")
+    }
+    for package in ("omni", "preprocess"):
+        for name in modules(package):
+            assert not {i for i in imports(package, name)[0] if i[0] == "training"}, name
 
 
 def test_nothing_imports_the_command_line():

@@ -115,19 +115,19 @@ def test_flow_and_visibility_equal_a_brute_force_calculation(bank):
 
 
 def test_flow_carries_the_first_picture_onto_the_second(bank):
-    """Without shadows, light and blur, what is visible keeps its colour; a pixel off it does not."""
-    scenes = draw(bank, range(8), (96, 128), longest=2.0)
+    """Without shadow, light and blur, what is visible keeps its colour; a pixel off, it does not."""
+    scenes = draw(bank, range(4), (72, 96), longest=2.0)
     still = torch.zeros_like
     plain = {"shadow": still(scenes.shadow), "light": still(scenes.light)}
     scenes = replace(scenes, **plain, shutter=still(scenes.shutter))
-    times = torch.zeros(8), torch.full((8,), 2.0)
+    times = torch.zeros(4), torch.full((4,), 2.0)
     first, second = (scenes.render(time, bank, 9) for time in times)
     flow, visible, _ = scenes.flow(*times)
     inner = ~F.max_pool2d((~visible).float()[:, None], 5, 1, 2).bool()[:, 0]
 
     def difference(shift):
         landed = scenes.centers.reshape(1, *scenes.size, 2) + flow + torch.tensor(shift)
-        grid = landed / torch.tensor([128, 96]) * 2 - 1
+        grid = landed / torch.tensor([96, 72]) * 2 - 1
         warped = F.grid_sample(second, grid, padding_mode="border", align_corners=False)
         return (warped - first).abs().mean(1)[inner].mean().item()
 
@@ -160,12 +160,12 @@ def test_a_scene_depends_on_its_seed_alone(bank):
 
 
 def test_scenes_differ_in_what_makes_flow_hard(bank):
-    """Tiny and large motion, thin things, still cameras, textureless surfaces, blur, deformation."""
+    """Tiny and large motion, occlusion, thin and textureless things, blur, deformation, shadow."""
     scenes = draw(bank, range(60), longest=1.0)
     flow, visible, valid = scenes.flow(torch.zeros(60), torch.ones(60))
     speed = flow.norm(dim=-1).flatten(1).quantile(0.9, 1) / SIZE[1]
     assert (speed < 0.001).any() and (speed > 0.04).any()
-    assert 0.02 < (~visible).float().mean() < 0.3 and valid.float().mean() > 0.99
+    assert 0.01 < (~visible).float().mean() < 0.3 and valid.float().mean() > 0.99
     assert ((scenes.outline[..., 4] > 0) & (scenes.outline[..., 6] < 0.1)).any()
     assert 0.2 < (scenes.shutter > 0).float().mean() < 0.8
     contrast = scenes.paint[:, :, 0].abs().amax((-1, -2))

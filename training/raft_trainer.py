@@ -2,12 +2,12 @@
 
 import json
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -117,8 +117,8 @@ class RaftTrainer:
     ):
         if min(recipe.size) < SMALLEST_SIDE or any(side % 8 for side in recipe.size):
             raise OmniError(
-                f"training images of {recipe.size[0]}x{recipe.size[1]} do not work: both sides must "
-                f"be multiples of 8 and at least {SMALLEST_SIDE}"
+                f"training images of {recipe.size[0]}x{recipe.size[1]} do not work: both sides "
+                f"must be multiples of 8 and at least {SMALLEST_SIDE}"
             )
         self.recipe, self.folder, self.device = recipe, folder, torch.device(device)
         self.on_scalars = on_scalars
@@ -130,7 +130,6 @@ class RaftTrainer:
         look = recipe.surfaces, recipe.samples
         self.source = PairSource(recipe.size, recipe.textures, recipe.seed, self.device, *look)
         self.step = 0
-        self._judges = PairSource(recipe.size, 40, _VALIDATION_SEED, self.device, *look)
         self._stopping = False
 
     def run(self, validate_every: int = 1000, save_seconds: float = 120.0) -> None:
@@ -142,9 +141,9 @@ class RaftTrainer:
         self._resume()
         steps, saved = self.recipe.steps, time.monotonic()
         bar = tqdm(total=steps, initial=self.step, desc="train", unit="step", disable=None)
-        if self.step == 0:
-            self._validate(bar)
         with self._stop_signals(), bar:
+            if self.step == 0:
+                self._validate(bar)
             while self.step < steps:
                 values = self.train_step()
                 bar.update()
@@ -182,6 +181,11 @@ class RaftTrainer:
             "rate": rate
         }
 
+    @cached_property
+    def _judges(self) -> PairSource:
+        look = self.recipe.surfaces, self.recipe.samples
+        return PairSource(self.recipe.size, 20, _VALIDATION_SEED, self.device, *look)
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Scores on the fixed sets: EPE in pixels, all and visible; heads' accuracy."""
@@ -209,7 +213,8 @@ class RaftTrainer:
             "optimizer": self.optimizer.state_dict(),
         }
         save_checkpoint(self.folder / "checkpoint.pt", state)
-        facts = {"recipe": json.dumps(_plain(self.recipe)), "step": str(self.step)}
+        # One entry only: safetensors writes several in any order.
+        facts = {"training": json.dumps(_plain(self.recipe) | {"step": self.step})}
         write_atomic(self.folder / "weights.safetensors", save(self.network.weights(), facts))
 
     def _resume(self) -> None:
@@ -219,7 +224,8 @@ class RaftTrainer:
         state = load_checkpoint(path, self.device)
         if state["recipe"] != _plain(self.recipe):
             raise OmniError(
-                f"{self.folder} holds a run of another recipe: give the same options or a new folder"
+                f"{self.folder} holds a run of another recipe: give the same options or another "
+                "folder"
             )
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -240,10 +246,11 @@ class RaftTrainer:
         bar.set_postfix({name: f"{scores[f'epe/{name}']:.2f}" for name in VALIDATION})
 
     def _freeze_batch_norm(self) -> None:
-        """Running statistics of a pretrained or long-trained network are kept (RAFT)."""
-        for module in self.network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d) and self.step > self.recipe.steps // 2:
-                module.eval()
+        """Keep running statistics (of raft_large) from half the run on, as RAFT does."""
+        if self.step > self.recipe.steps // 2:
+            for module in self.network.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
