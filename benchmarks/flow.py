@@ -153,7 +153,7 @@ def load_set(name: str, options: argparse.Namespace) -> Iterator[Clip]:
 @torch.no_grad()
 def generate(index: int, size: tuple[int, int], bank: TextureBank, blur: bool, device: str) -> Clip:
     """Scene `index`, watched for `LAST` frames; with `blur` through a shutter open for 0.9."""
-    scenes = draw_scenes([(SEED, index)], size, bank, longest=LAST, device=device)
+    scenes = draw_scenes([(SEED, index)], size, bank, [LAST], device=device)
     if blur:
         scenes = replace(scenes, shutter=torch.full_like(scenes.shutter, 0.9))
     times = [torch.full((1,), float(t), device=device) for t in range(LAST + 1)]

@@ -12,7 +12,7 @@ from training.textures import TextureBank
 __all__ = ["FlowPairs", "PairSource"]
 
 GAPS = (1, 1, 2, 4, 8, 16)
-"""Frames between the two images of a training pair, each as likely as it is often here."""
+"""Frames between the two images of a training pair; scenes of a batch take them in turn."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,24 @@ class PairSource:
 
     @torch.no_grad()
     def batch(self, index: int, count: int, gap: int | None = None) -> FlowPairs:
-        """`count` pairs.
+        """`count` pairs, of half as many scenes: both directions of each, forward ones first.
 
         Args:
             index: which batch.
             count: B.
-            gap: frames between the images; None draws one of `GAPS`.
+            gap: frames between the images; None takes those of `GAPS`.
         """
+        scenes = range((count + 1) // 2)
+        gaps = [float(gap or GAPS[(index + k) % len(GAPS)]) for k in scenes]
+        seeds = [(self.seed, index, k) for k in scenes]
+        drawn = draw_scenes(seeds, self.size, self.bank, gaps, self.surfaces, self.device)
+        times = torch.zeros(len(gaps)), torch.tensor(gaps)
+        times = [time.to(self.device) for time in times]
         generator = torch.Generator(self.device).manual_seed(_mix(self.seed, index))
-        if gap is None:
-            gap = GAPS[_mix(self.seed, index) % len(GAPS)]
-        seeds = [(self.seed, index, k) for k in range(count)]
-        scenes = draw_scenes(
-            seeds, self.size, self.bank, self.surfaces, float(gap), device=self.device
-        )
-        times = [torch.full((count,), float(t), device=self.device) for t in (0, gap)]
-        images = [scenes.render(time, self.bank, self.samples) for time in times]
-        first, second = expose(images, generator)
-        flow, visible, valid = scenes.flow(*times)
+        images = expose([drawn.render(time, self.bank, self.samples) for time in times], generator)
+        both = zip(drawn.flow(*times), drawn.flow(*times[::-1]), strict=True)
+        flow, visible, valid = (torch.cat(pair)[:count] for pair in both)
+        first, second = (torch.cat(pair)[:count] for pair in (images, images[::-1]))
         return FlowPairs(first, second, flow.movedim(-1, 1), visible, valid)
 
 

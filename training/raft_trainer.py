@@ -43,7 +43,7 @@ class Recipe:
     """Everything that decides the result of a training run."""
 
     variant: Literal["small", "large"] = "small"
-    steps: int = 100_000
+    steps: int = 20_000
     batch: int = 16
     size: tuple[int, int] = (288, 384)
     updates: int = 12
@@ -54,10 +54,10 @@ class Recipe:
     """weight decay (AdamW)"""
     textures: int = 400
     surfaces: int = 9
-    samples: int = 8
+    samples: int = 6
     """rays per pixel"""
     validation: int = 32
-    """pairs of each validation set"""
+    """pairs of each validation set, an even number"""
     seed: int = 0
 
 
@@ -193,8 +193,8 @@ class RaftTrainer:
         scores = {}
         for name, gap in VALIDATION.items():
             sums = torch.zeros(7, dtype=torch.float64)
-            for index in range(self.recipe.validation):
-                pairs = self._judges.batch(index, 1, gap)
+            for index in range((self.recipe.validation + 1) // 2):
+                pairs = self._judges.batch(index, 2, gap)
                 sums += _sums(self._predict(pairs, _VALIDATION_UPDATES), pairs).cpu()
             error, count, seen, visible, right, inside, within = sums.tolist()
             scores[f"epe/{name}"] = error / max(count, 1)

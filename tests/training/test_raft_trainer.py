@@ -71,10 +71,22 @@ def test_batches_are_decided_by_seed_and_index():
         assert torch.equal(value, getattr(same, name)), name
     assert not torch.equal(one.first, other.first)
     assert one.first.shape == (2, 3, 128, 128) and one.flow.shape == (2, 2, 128, 128)
-    alone = first.batch(7, 1)
+    alone = first.batch(7, 1)  # half of one scene
     torch.testing.assert_close(alone.flow[0], one.flow[0], atol=1e-3, rtol=0)
     near, far = (first.batch(3, 4, gap).flow.norm(dim=1).mean() for gap in (1, 16))
     assert far > 2 * near
+
+
+def test_a_scene_is_a_pair_in_both_directions():
+    pairs = PairSource((128, 128), 3, 5, surfaces=5, samples=1).batch(2, 2)
+    assert torch.equal(pairs.first[0], pairs.second[1])
+    assert torch.equal(pairs.first[1], pairs.second[0])
+    rows, columns = torch.nonzero(pairs.visible[0], as_tuple=True)
+    there = pairs.flow[0, :, rows, columns]
+    x = (columns + there[0].round().long()).clamp(0, 127)
+    y = (rows + there[1].round().long()).clamp(0, 127)
+    closure = (there + pairs.flow[1, :, y, x]).norm(dim=0)
+    assert there.norm(dim=0).mean() > 0.3 and closure.median() < 0.1
 
 
 def test_the_loss_falls_on_pairs_seen_again(tmp_path):

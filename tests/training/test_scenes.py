@@ -21,7 +21,7 @@ def bank():
 
 
 def draw(bank, seeds, size=SIZE, longest=4.0):
-    return draw_scenes([(9, seed) for seed in seeds], size, bank, surfaces=7, longest=longest)
+    return draw_scenes([(9, seed) for seed in seeds], size, bank, [longest] * len(seeds), 7)
 
 
 class BruteForce:
@@ -115,7 +115,7 @@ def test_flow_and_visibility_equal_a_brute_force_calculation(bank):
 
 
 def test_flow_carries_the_first_picture_onto_the_second(bank):
-    """Without shadow, light and blur, what is visible keeps its colour; a pixel off, it does not."""
+    """Without shadow, light and blur, what is visible keeps its colour; a pixel off, not."""
     scenes = draw(bank, range(4), (72, 96), longest=2.0)
     still = torch.zeros_like
     plain = {"shadow": still(scenes.shadow), "light": still(scenes.light)}
