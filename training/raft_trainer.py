@@ -169,11 +169,15 @@ class RaftTrainer:
         loss = flow + occlusion + likelihood
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        # Each on its own: the heads must not shorten the steps of the flow.
+        flow_norm, heads_norm = (
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+            for part in (self.network.raft, self.network.heads)
+        )
         rate = self.recipe.rate * _one_cycle(self.step / self.recipe.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if torch.isfinite(norm):  # one broken batch must not end a run
+        if torch.isfinite(flow_norm + heads_norm):  # one broken batch must not end a run
             self.optimizer.step()
         self.step += 1
         values = {"flow": flow, "occlusion": occlusion, "likelihood": likelihood}
