@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
     if options.out:
         record = {
-            "commit": _commit(),
+            "commit": commit(),
             "command": sys.argv[1:],
             "config": to_dict(config),
             "machine": machine(),
@@ -217,7 +217,8 @@ def _cell(column: str, *seeds: dict) -> str:
     return text if len(values) == 1 else f"{text} +- {scale * np.std(values, ddof=1):.{digits}f}"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What `git describe` says of this checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).parent
     try:

@@ -55,11 +55,11 @@ class FlowConfig:
     """Pairwise correspondences."""
 
     provider: Literal["auto", "raft", "dis"] = "auto"
-    """raft: torchvision RAFT; dis: OpenCV, no weights; auto: raft where weights can be had"""
+    """raft: needs weights; dis: OpenCV, no weights; auto: raft on a GPU where weights can be had"""
     weights: str = ""
-    """RAFT state dict (.pth or .safetensors); empty: torchvision's own download"""
+    """RAFT state dict (.pth or .safetensors); empty: torchvision's, else those of this build"""
     raft: Literal["large", "small"] = "large"
-    """RAFT architecture"""
+    """RAFT architecture of `weights` or of torchvision's"""
     pairs: Literal["log", "exhaustive"] = "log"
     """log: gaps 1, 2, 4, ... max_gap in both directions; exhaustive: all ordered pairs"""
     max_gap: int = 32

@@ -4,6 +4,8 @@
     RUN/store/frames.npy       (T, h, w, 3) uint8, processing resolution
     RUN/store/masks.npy        (T, h, w) uint8 object labels, 0 background (only with masks)
     RUN/store/flow.npy         (K, h, w, 2) int16, pixels x FLOW_SCALE, source to target
+    RUN/store/doubt.npy        (K, h, w) uint8, only from flow providers that judge themselves:
+                               sigma and hidden, packed as error and occluded of evidence
     RUN/store/evidence.npy     (K, h, w) uint8, see `pack_evidence`
     RUN/store/landmarks.npy    (P, M, 4) float32, feature matches between key frames
 
@@ -280,6 +282,7 @@ class Store:
                 "frames": ((*shape[:3], 3), np.uint8),
                 "flow": ((len(pairs), *shape[1:3], 2), np.int16),
                 "evidence": ((len(pairs), *shape[1:3]), np.uint8),
+                "doubt": ((len(pairs), *shape[1:3]), np.uint8),
                 "masks": (shape[:3], np.uint8),
             }
             numbers = [meta["threshold"]]
@@ -292,10 +295,11 @@ class Store:
                 if not ((keys >= 0) & (keys < len(self.frames))).all():
                     return False
             return (
-                all(set(stages[name]["files"]) == {f"{name}.npy"} for name in stages)
+                all(f"{name}.npy" in stages[name]["files"] for name in stages)
                 and all(
                     (self._array(name).shape, self._array(name).dtype) == expected[name]
-                    for name in stages
+                    for stage in stages.values()
+                    for name in (Path(file).stem for file in stage["files"])
                 )
                 and len(self.frames) == video["num_frames"] >= 2
                 and all(type(side) is int and 0 < side < 1 << 16 for side in video["size"])
@@ -397,6 +401,12 @@ class Store:
     def flow(self) -> np.ndarray:
         """(K, h, w, 2) int16, see `decode_flow`."""
         return self._array("flow")
+
+    @property
+    def doubt(self) -> np.ndarray | None:
+        """(K, h, w) uint8, or None where the flow provider does not judge itself."""
+        judged = "doubt.npy" in self.manifest["stages"]["flow"]["files"]
+        return self._array("doubt") if judged else None
 
     @property
     def evidence(self) -> np.ndarray:

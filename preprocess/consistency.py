@@ -26,6 +26,7 @@ def assess(
     backward: np.ndarray,
     threshold: float,
     labels: tuple[np.ndarray, np.ndarray] | None = None,
+    doubt: Evidence | None = None,
 ) -> Evidence:
     """What the checks say about each pixel of `forward`.
 
@@ -34,6 +35,10 @@ def assess(
         backward: `(h, w, 2)` flow j -> i.
         threshold: forward-backward error in pixels up to which a correspondence is reliable.
         labels: masks `(h, w)` uint8 of frames i and j, None without masks.
+        doubt: what the provider says of `forward`: its sigma as `error`, hidden as `occluded`.
+            Its sigma counts as a forward-backward error, which is about as large
+            (`preprocess/sigma.json`), the larger of both holds; what it calls hidden is never
+            reliable.
 
     Source: OmniMotion (Wang et al., ICCV 2023), supplement: cycle and double-cycle tests.
     """
@@ -41,6 +46,10 @@ def assess(
     valid = inside(pixel_centers(forward.shape[:2]) + forward, forward.shape[:2])
     closes = second_cycle_error(forward, backward) < threshold
     occluded = (error > _OCCLUDED_FACTOR * threshold) & closes & valid
+    if doubt is not None:
+        error = np.maximum(error, doubt.error)
+        error = np.where(doubt.occluded, np.maximum(error, _OCCLUDED_FACTOR * threshold), error)
+        occluded = occluded | (doubt.occluded & valid)
     if labels is not None:
         valid = valid & labels_agree(forward, *labels)
     return Evidence(error, occluded, valid)

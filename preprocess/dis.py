@@ -4,9 +4,12 @@ The constants were selected by measurement (docs/method.md). Refinement takes tw
 time; it is what fills textureless areas. Composed starts are what makes far flows usable.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
+from preprocess.motion import Motion
 from preprocess.warp import sample
 
 __all__ = ["DisFlow"]
@@ -27,6 +30,9 @@ class DisFlow:
         refine: whether to run the variational refinement.
         workers: number of `estimate` calls the caller may run at the same time.
     """
+
+    batch = 1
+    judges = False
 
     def __init__(self, refine: bool = True, workers: int = 1):
         self.name = "dis-refined" if refine else "dis"
@@ -54,6 +60,12 @@ class DisFlow:
         if self._refine:
             flow = _refine(gray1, gray2, flow, _NEAR_SCALES if start is None else _FAR_SCALES)
         return np.ascontiguousarray(flow[:height, :width])
+
+    def estimate_batch(
+        self, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+    ) -> list[Motion]:
+        """Motion of each `(image1, image2, start)`, by `estimate`."""
+        return [Motion(self.estimate(*pair)) for pair in pairs]
 
 
 def _search(gray1, gray2, start=None):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,8 +11,9 @@ from tqdm import tqdm
 
 from omni.config import FlowConfig
 from omni.errors import OmniError
-from omni.store import Stage, decode_flow, encode_flow
+from omni.store import Evidence, Stage, decode_flow, encode_flow, pack_evidence
 from preprocess.dis import DisFlow
+from preprocess.motion import Motion
 from preprocess.pairs import halfway
 from preprocess.parallel import run_items, worker_count
 from preprocess.warp import compose
@@ -33,11 +35,15 @@ class FlowProvider(Protocol):
 
     Attributes:
         name: identifies the method, its settings and its weights.
-        workers: how many `estimate` calls may run at the same time.
+        workers: how many `estimate` or `estimate_batch` calls may run at the same time.
+        batch: how many pairs `estimate_batch` is best given at once.
+        judges: whether its motions carry `hidden` and `sigma`.
     """
 
     name: str
     workers: int
+    batch: int
+    judges: bool
 
     def estimate(
         self, image1: np.ndarray, image2: np.ndarray, start: np.ndarray | None = None
@@ -49,12 +55,18 @@ class FlowProvider(Protocol):
         """
         ...
 
+    def estimate_batch(
+        self, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+    ) -> list[Motion]:
+        """Motion of each `(image1, image2, start)`, all of one size; flow as by `estimate`."""
+        ...
+
 
 def resolve_provider(config: FlowConfig, device: str = "auto") -> FlowProvider:
     """The provider that `config.provider` asks for.
 
     `auto` takes RAFT where a CUDA device is used (on a CPU it needs seconds per pair) and its
-    weights are given, cached or downloadable; otherwise DIS.
+    weights are given, cached, downloadable or part of this build; otherwise DIS.
 
     Raises:
         OmniError: RAFT is asked for and its weights cannot be had.
@@ -64,7 +76,7 @@ def resolve_provider(config: FlowConfig, device: str = "auto") -> FlowProvider:
         return dis
     import torch  # the DIS path does without
 
-    from preprocess.raft import RaftFlow
+    from preprocess.raft import RaftFlow, find_weights
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,13 +84,15 @@ def resolve_provider(config: FlowConfig, device: str = "auto") -> FlowProvider:
         logger.info("flow: DIS (no CUDA device for RAFT)")
         return dis
     try:
-        raft = RaftFlow(config.raft, config.weights, device)
+        weights = find_weights(config.raft, config.weights)
+        raft = RaftFlow(weights, device)
     except OmniError as error:
         if config.provider == "raft" or config.weights:
             raise
         logger.info("flow: DIS (%s)", error)
         return dis
-    logger.info("flow: %s on %s", raft.name, device)
+    kind = f"RAFT-{weights.variant}, {weights.origin} weights"
+    logger.info("flow: %s (%s) on %s", kind, weights.path, device)
     return raft
 
 
@@ -89,9 +103,11 @@ def accepts(config: FlowConfig, name: str) -> bool:
     anywhere, and none of it needs weights or a network again.
     """
     dis = DisFlow(config.refine).name
-    raft = f"raft-{config.raft}-{weights_digest(config.weights)}"
+    raft = [f"raft-{config.raft}-{weights_digest(config.weights)}"]
+    if not config.weights:
+        raft.append("raft-embedded-")
     return (config.provider != "raft" and name == dis) or (
-        config.provider != "dis" and name.startswith(raft)
+        config.provider != "dis" and name.startswith(tuple(raft))
     )
 
 
@@ -120,19 +136,29 @@ def compute_flows(
     """Fill `stage.arrays["flow"]` `(K, h, w, 2)` for `pairs` `(K, 2)` of `frames` `(T, h, w, 3)`.
 
     Far flows start from near ones as stored, quantised, so that an interrupted run continues to
-    the same bytes as an uninterrupted one.
+    the same bytes as an uninterrupted one. What a provider says about its own flow goes to
+    `stage.arrays["doubt"]` `(K, h, w)` (see `omni.store`).
     """
     flow = stage.arrays["flow"]
     index = {(int(i), int(j)): k for k, (i, j) in enumerate(pairs)}
 
-    def work(k):
+    def request(k):
         source, target = map(int, pairs[k])
         middle = halfway(source, target)
         start = None
         if middle != source:
             first, second = index[source, middle], index[middle, target]
             start = compose(decode_flow(flow[first]), decode_flow(flow[second]))
-        images = np.asarray(frames[source]), np.asarray(frames[target])
-        flow[k] = encode_flow(provider.estimate(*images, start))
+        return np.asarray(frames[source]), np.asarray(frames[target]), start
 
-    run_items(stage, levels_by_gap(pairs), work, provider.workers, bar)
+    def work(group):
+        for k, motion in zip(
+            group, provider.estimate_batch(list(map(request, group))), strict=True
+        ):
+            flow[k] = encode_flow(motion.flow)
+            if provider.judges:
+                certain = np.ones(motion.hidden.shape, bool)
+                doubt = Evidence(motion.sigma, motion.hidden > 0.5, certain)
+                stage.arrays["doubt"][k] = pack_evidence(doubt)
+
+    run_items(stage, levels_by_gap(pairs), work, provider.workers, bar, provider.batch)

@@ -30,21 +30,29 @@ def progress_bar(title: str, total: int, done: int, show: bool) -> tqdm:
 
 
 def run_items(
-    stage: Stage, levels: Sequence[Sequence[int]], work: Callable, workers: int, bar: tqdm
+    stage: Stage,
+    levels: Sequence[Sequence[int]],
+    work: Callable[[Sequence[int]], None],
+    workers: int,
+    bar: tqdm,
+    batch: int = 1,
 ) -> None:
-    """Call `work(item)` for every unfinished item, level after level, and mark each as done.
+    """Call `work` for every group of `batch` items, level after level, and mark them as done.
 
-    Within a level the order is free; a level starts when the one before it is finished.
+    Within a level the order is free; a level starts when the one before it is finished. A group
+    with an unfinished item is done again as a whole: rounding may depend on its composition.
     """
     pool = ThreadPoolExecutor(workers)
     flushed = time.monotonic()
     try:
         with single_threaded_opencv():
             for level in levels:
-                pending = [item for item in level if not stage.done[item]]
-                for item, _ in zip(pending, pool.map(work, pending), strict=True):
-                    stage.mark(item)
-                    bar.update()
+                groups = [level[first : first + batch] for first in range(0, len(level), batch)]
+                pending = [group for group in groups if not stage.done[group].all()]
+                for group, _ in zip(pending, pool.map(work, pending), strict=True):
+                    for item in group:
+                        bar.update(not stage.done[item])
+                        stage.mark(item)
                     if time.monotonic() - flushed > _FLUSH_SECONDS:
                         stage.flush()
                         flushed = time.monotonic()

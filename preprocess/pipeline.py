@@ -17,7 +17,7 @@ from omni.config import Config, digest
 from omni.coords import processing_size
 from omni.errors import OmniError
 from omni.memory import available_memory
-from omni.store import UNKNOWN, Store, decode_flow, pack_evidence
+from omni.store import UNKNOWN, Store, decode_flow, pack_evidence, unpack_evidence
 from omni.video import VideoSource, load_masks, open_video
 from preprocess.consistency import assess, gap_statistics
 from preprocess.cuts import find_cuts
@@ -31,6 +31,8 @@ from preprocess.sigma import NOISE, calibrated, corrected
 __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
+
+_STAGES = {"doubt": "flow"}  # arrays written by a stage of another name
 
 
 def prepare(
@@ -126,6 +128,8 @@ class _Job:
             "evidence": ((num_pairs, *self.size), np.uint8),
             "landmarks": ((num_keys, MATCHES, 4), np.float32),
         }
+        if self.provider and self.provider.judges:
+            arrays["doubt"] = arrays["evidence"]
         return arrays | ({"masks": (shape, np.uint8)} if self.labels else {})
 
     def _pairs(self, cuts=()):
@@ -144,7 +148,8 @@ class _Job:
     def announce(self) -> None:
         """Say what the work will cost; refuse if the disk cannot hold it. Cuts only lower it."""
         arrays = self._arrays()
-        missing = {n: a for n, a in arrays.items() if not self.store.has(n, self.keys[n])}
+        done = {n: self.store.has(n, key) for n, key in self.keys.items()}
+        missing = {n: a for n, a in arrays.items() if not done[_STAGES.get(n, n)]}
         require_space(self.store.folder, missing)
         if self.provider:
             asked, video = self.provider.workers, self.source.size
@@ -165,7 +170,8 @@ class _Job:
         key = self.keys[name]
         if self.store.has(name, key):
             return
-        arrays = {name: self._arrays(cuts)[name]}
+        arrays = self._arrays(cuts)
+        arrays = {n: a for n, a in arrays.items() if _STAGES.get(n, n) == name}
         with self.store.stage(name, key, arrays, items) as stage:
             with progress_bar(name, items, int(stage.done.sum()), self.show) as bar:
                 fill(stage, bar)
@@ -225,7 +231,7 @@ class _Job:
 
     def write_evidence(self) -> None:
         """Check every flow against its reverse, and say per gap how well they agree."""
-        pairs, flow = self.store.pairs, self.store.flow
+        pairs, flow, doubt = self.store.pairs, self.store.flow, self.store.doubt
         masks = self.store.masks if self.labels else None
         threshold = self.config.flow.cycle_threshold
         index = {(int(i), int(j)): k for k, (i, j) in enumerate(pairs)}
@@ -233,11 +239,13 @@ class _Job:
         def fill(stage, bar):
             evidence = stage.arrays["evidence"]
 
-            def work(k):
-                i, j = map(int, pairs[k])
-                both = decode_flow(flow[k]), decode_flow(flow[index[j, i]])
-                labels = None if masks is None else (masks[i], masks[j])
-                evidence[k] = pack_evidence(assess(*both, threshold, labels))
+            def work(group):
+                for k in group:
+                    i, j = map(int, pairs[k])
+                    both = decode_flow(flow[k]), decode_flow(flow[index[j, i]])
+                    labels = None if masks is None else (masks[i], masks[j])
+                    doubted = None if doubt is None else unpack_evidence(doubt[k])
+                    evidence[k] = pack_evidence(assess(*both, threshold, labels, doubted))
 
             workers = worker_count(self.config.flow.workers)
             run_items(stage, [range(len(pairs))], work, workers, bar)

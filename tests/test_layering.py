@@ -106,6 +106,23 @@ def test_omni_reaches_preprocess_only_from_run_and_lazily():
     assert found == {("run", True)}
 
 
+def test_training_of_the_flow_network_is_a_room_of_its_own():
+    """It knows the network and numbers; nothing that is used without training knows it."""
+    known = {
+        target[:2]
+        for name in modules("preprocess/training")
+        for target in imports("preprocess/training", name)[0]
+        if target[:2] != ("preprocess", "training")
+    }
+    assert known == {("preprocess", "network")} | {
+        ("omni", name) for name in ("checkpoint", "coords", "errors", "store", "textures")
+    }
+    for package in ("omni", "preprocess"):
+        for name in modules(package):
+            used = {target[:2] for target in imports(package, name)[0]}
+            assert ("preprocess", "training") not in used, name
+
+
 def test_nothing_imports_the_command_line():
     everyone = [("omni", n) for n in modules("omni")] + [
         ("preprocess", n) for n in modules("preprocess")

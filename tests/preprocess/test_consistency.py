@@ -83,3 +83,18 @@ def test_statistics_per_gap_count_pixels():
     assert near["median_error"] == 0
     assert (far["gap"], far["reliable"]) == (2, 0)
     assert abs(far["median_error"] - 4) < 0.2
+
+
+def test_doubts_of_the_provider_lower_trust_and_never_raise_it():
+    """Exact flow, of which the provider says: fine; sigma 1.45; hidden; hidden but leaving."""
+    forward = np.zeros((1, 4, 2), np.float32)
+    forward[0, 3] = (9, 0)
+    sigma = np.array([[0.1, 1.45, 0.1, 0.1]])
+    hidden = np.array([[0, 0, 1, 1]], bool)
+    found = assess(forward, np.zeros_like(forward), 1.5, doubt=Evidence(sigma, hidden, hidden))
+    np.testing.assert_allclose(found.error[0, :3], [0.1, 1.45, 2.25], atol=1e-6)
+    assert found.occluded.tolist() == [[False, False, True, False]]
+    bad = assess(forward, forward + 5, 1.5, doubt=Evidence(0 * sigma, ~hidden & hidden, hidden))
+    without = assess(forward, forward + 5, 1.5)
+    for name in ("error", "occluded", "valid"):
+        np.testing.assert_array_equal(getattr(bad, name), getattr(without, name))

@@ -7,12 +7,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from omni.config import Config, DataConfig, FlowConfig
 from omni.errors import OmniError
 from omni.store import Store, decode_flow, unpack_evidence
 from preprocess import prepare
+from preprocess.network import FlowNetwork
 
 NUM_FRAMES, SIZE = 10, (60, 80)
 
@@ -171,6 +174,27 @@ def test_masks_are_stored_and_forbid_links_between_labels(clip, tmp_path):
     assert not unpack_evidence(store.evidence[pairs.index([0, 1])]).valid[:, 5:20].any()
     assert unpack_evidence(store.evidence[pairs.index([0, 2])]).valid[:, 5:20].all()
     assert prepare(clip, run, settings(), progress=False).masks is None
+
+
+def test_what_a_provider_doubts_reaches_the_evidence(tmp_path):
+    torch.manual_seed(0)
+    network = FlowNetwork("small", heads=True)
+    torch.nn.init.normal_(network.heads[-1].weight, std=0.3)
+    save_file(network.weights(), tmp_path / "weights.safetensors")
+    flow = FlowConfig("raft", str(tmp_path / "weights.safetensors"), "small", max_gap=2)
+    config = Config(device="cpu", data=DataConfig(resolution=40), flow=flow)
+    clip, run = write_clip(tmp_path / "clip", 3), tmp_path / "run"
+    store = prepare(clip, run, config, progress=False)
+    doubt, found = unpack_evidence(store.doubt), unpack_evidence(store.evidence)
+    assert doubt.occluded.any() and not doubt.occluded.all()
+    assert (found.occluded >= doubt.occluded & found.valid).all()
+    assert (found.error[doubt.occluded] > 1.5).all()
+    known = doubt.error < 5  # beyond, the byte of one or the other saturates
+    assert (found.error >= 0.9 * doubt.error)[known].all()
+    before = {p: p.stat().st_mtime_ns for p in (run / "store").iterdir()}
+    prepare(clip, run, config, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in (run / "store").iterdir()} == before
+    assert prepare(clip, run, settings(), progress=False).doubt is None
 
 
 def test_no_flow_crosses_a_cut(tmp_path):

@@ -6,7 +6,9 @@ from torchvision.models.optical_flow import raft_small
 
 from omni.config import FlowConfig
 from omni.errors import OmniError
+from preprocess import raft
 from preprocess.flow import accepts, resolve_provider
+from preprocess.network import FlowNetwork
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +88,82 @@ def test_missing_weights_file_is_named(tmp_path):
         small_raft(tmp_path / "nowhere.pth")
 
 
-def test_without_weights_or_network_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No network, an empty torch cache (returned), and a build without embedded weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(OmniError, match="flow.provider=dis"):
+    monkeypatch.setattr(raft, "EMBEDDED", tmp_path / "none.safetensors")
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_without_any_weights_one_sentence_says_what_to_do(offline):
+    with pytest.raises(OmniError, match="this build of omni embeds none.*flow.provider=dis"):
         resolve_provider(FlowConfig("raft"), "cpu")
+
+
+def test_auto_falls_back_to_dis_without_any_weights(offline, caplog):
+    caplog.set_level("INFO", "preprocess")
+    assert resolve_provider(FlowConfig("auto"), "cuda").name == "dis-refined"
+    assert "flow: DIS (RAFT weights are neither cached" in caplog.text
+
+
+def test_weights_are_the_given_else_torchvisions_else_the_embedded(
+    offline, weights, tmp_path, monkeypatch, caplog
+):
+    """Each of the three is another network, told apart by its name."""
+    caplog.set_level("INFO", "preprocess")
+    embedded = tmp_path / "embedded.safetensors"
+    save_file(FlowNetwork("small", heads=True).weights(), embedded)
+    monkeypatch.setattr(raft, "EMBEDDED", embedded)
+
+    def chosen(**flow):
+        caplog.clear()
+        return resolve_provider(FlowConfig("raft", **flow), "cpu").name, caplog.text
+
+    name, said = chosen(raft="large")  # ours are small, whatever is asked for
+    assert name.startswith("raft-embedded-") and "RAFT-small, embedded weights" in said
+    assert accepts(FlowConfig("raft", raft="large"), name)
+    assert not accepts(FlowConfig("raft", weights=str(weights), raft="small"), name)
+    cached = offline / raft._torchvision_path("small").name
+    torch.save(raft_small(weights=None).state_dict(), cached)
+    second, said = chosen(raft="small")
+    assert second.startswith("raft-small-") and "RAFT-small, torchvision weights" in said
+    third, said = chosen(raft="small", weights=str(weights))
+    assert third.startswith("raft-small-") and third != second and "given weights" in said
+
+
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory):
+    """Weights with heads that say something."""
+    torch.manual_seed(0)
+    network = FlowNetwork("small", heads=True)
+    torch.nn.init.normal_(network.heads[-1].weight, std=0.3)
+    path = tmp_path_factory.mktemp("weights") / "judging.safetensors"
+    save_file(network.weights(), path)
+    return path
+
+
+def test_a_batch_gives_what_its_pairs_give_alone(judging):
+    draw = np.random.default_rng(2)
+    frames = draw.integers(0, 256, (3, 50, 67, 3), dtype=np.uint8)
+    start = draw.normal(size=(50, 67, 2)).astype(np.float32)
+    pairs = [(frames[0], frames[1], start), (frames[1], frames[2], None)]
+    provider = small_raft(judging)
+    assert provider.judges
+    together = provider.estimate_batch(pairs)
+    for motion, pair in zip(together, pairs, strict=True):
+        (alone,) = provider.estimate_batch([pair])
+        np.testing.assert_allclose(motion.flow, alone.flow, atol=2e-3)
+        np.testing.assert_allclose(motion.hidden, alone.hidden, atol=2e-3)
+        np.testing.assert_allclose(motion.sigma, alone.sigma, rtol=1e-2)
+        assert motion.sigma.shape == (50, 67) and motion.hidden.std() > 0
+    np.testing.assert_array_equal(alone.flow, provider.estimate(*pairs[1]))
+
+
+def test_plain_weights_judge_nothing(weights):
+    (motion,) = small_raft(weights).estimate_batch([(*images((128, 128)), None)])
+    assert motion.hidden is None and motion.sigma is None
 
 
 def test_auto_takes_dis_on_a_cpu(weights):
