@@ -27,7 +27,7 @@ __all__ = ["Chains", "fuse", "integrate"]
 LOST, LOOSE, STRICT = 0, 1, 2
 """Levels of trust: no chain; every link closes loosely; every link closes within STRICT_ERROR."""
 
-STRICT_ERROR = 0.5
+STRICT_ERROR = 0.4
 LOOSE_ERROR, LOOSE_SHARE = 3.0, 0.03
 """Forward-backward errors in pixels up to which a link keeps a level; the loose one may grow with
 the length of the flow. A strict bound must not: it is at motion borders that points slide over."""
