@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 16
 
+HALF_STEP = 0.05
+"""Frames on either side over which velocities are differences."""
+
 QUERY_SIGMA = 0.05
 """Standard deviation of the query itself, pixels: it is given, up to rounding."""
 
@@ -112,6 +115,19 @@ class Reader:
             size=self.video_size,
             fps=self.fps,
         )
+
+    def velocity(self, query_points: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Velocities `(N, M, 2)` of points at `(M,)` real times, original pixels per frame.
+
+        Differences of the tracks over a tenth of a frame, one-sided at the ends of the video.
+        Arguments and errors as `tracks`.
+        """
+        times = np.asarray(times, np.float64)
+        before = np.maximum(times - HALF_STEP, 0)
+        after = np.minimum(times + HALF_STEP, self.num_frames - 1)
+        path = self.tracks(query_points, np.concatenate([before, after])).tracks
+        first, second = np.split(path, 2, axis=1)
+        return (second - first) / (after - before)[:, None].astype(np.float32)
 
     def _in_chunks(self, total: int, work: Callable[[slice], None]) -> None:
         """Call `work(rows)` for all rows; out of memory, halve the chunk from there on."""

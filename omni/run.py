@@ -316,6 +316,10 @@ class Run:
         """Trajectories of every `stride`-th pixel of a frame, row by row."""
         return self.reader.dense(frame, stride)
 
+    def velocity(self, query_points: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Velocities `(N, M, 2)` of queries at `(M,)` real times, original pixels per frame."""
+        return self.reader.velocity(query_points, times)
+
     def at(self, time: float, query_points: np.ndarray | None = None) -> Tracks:
         """Where points are at one, possibly fractional, time in frames: `Tracks` with T = 1.
 

@@ -45,14 +45,6 @@ class Curves:
         basis = _basis(times, self.spacing, self.control.shape[1])
         return np.einsum("nc,ncd->nd", basis, self.control).astype(np.float32)
 
-    def velocity(self, times: np.ndarray) -> np.ndarray:
-        """Pixels per frame `(N, M, 2)` by differences of the curve, one-sided at its ends."""
-        half, end = 0.05, (self.control.shape[1] - 3) * self.spacing
-        times = np.asarray(times, np.float64)
-        before, after = np.maximum(times - half, 0), np.minimum(times + half, end)
-        change = self.at(after) - self.at(before)
-        return change / (after - before)[:, None].astype(np.float32)
-
 
 def fit_curves(xy: np.ndarray, weight: np.ndarray) -> Curves:
     """Weighted robust least squares: `min sum_t w_t rho(|B_t c - x_t|) + roughness |D2 c|^2`.

@@ -44,7 +44,8 @@ def catmull_rom_weights(times: Tensor, num_frames: int) -> tuple[Tensor, Tensor]
     """Indices `(B, 4)` and weights `(B, 4)` of the interpolating cubic through per-frame values.
 
     At an integer time the result is exactly that frame's value, between frames it is C1. Times
-    outside `[0, T-1]` are clamped; end frames are repeated.
+    outside `[0, T-1]` are clamped; beyond its ends the sequence goes on in a straight line, so that
+    steady motion stays steady up to them.
     """
     u = times.clamp(0, num_frames - 1)
     first = u.floor().clamp(max=max(num_frames - 2, 0))
@@ -59,6 +60,12 @@ def catmull_rom_weights(times: Tensor, num_frames: int) -> tuple[Tensor, Tensor]
         dim=-1,
     )
     index = first.long()[:, None] + torch.arange(-1, 3, device=times.device)
+    before, start, end, after = weights.unbind(-1)
+    early = torch.where(index[:, 0] < 0, before, 0)
+    late = torch.where(index[:, 3] > num_frames - 1, after, 0)
+    weights = torch.stack(
+        [before - early, start + 2 * early - late, end + 2 * late - early, after - late], dim=-1
+    )
     return index.clamp(0, num_frames - 1), weights
 
 

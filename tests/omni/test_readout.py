@@ -166,3 +166,19 @@ def test_without_a_field_tracks_are_the_chains_of_flows(fitted, scene):
     result = Reader(fitted.trainer.store, None, 4096).tracks(queries)
     distance = np.linalg.norm(result.tracks - expected, axis=-1)
     assert np.median(distance[visible]) < 0.2
+
+
+def test_velocity_is_that_of_the_layer_at_any_time(reader, scene):
+    queries = queries_in(scene, 2, False).astype(np.float32)
+    times = np.array([0.0, 1.5, 5.0])
+    velocity = reader.velocity(queries, times)
+    xy = queries[:, :0:-1] / 2
+    for m, (time, low, high) in enumerate(zip(times, (0, 1, 4.9), (0.1, 2, 5), strict=True)):
+        ends = [2 * scene.move(xy, 2, t, False) for t in (low, high)]
+        true = (ends[1] - ends[0]) / (high - low)
+        there = 2 * scene.move(xy, 2, time, False)
+        clear = ((there > 6) & (there < 2 * np.array(scene.size)[::-1] - 6)).all(1)
+        clear &= ~scene.on_square(there / 2, time) & ~scene.on_square(there / 2 + 3, time)
+        clear &= ~scene.on_square(there / 2 - 3, time)
+        assert clear.sum() > 10
+        assert np.median(np.linalg.norm(velocity[:, m] - true, axis=1)[clear]) < 0.3

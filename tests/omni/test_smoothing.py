@@ -112,7 +112,8 @@ def test_a_curve_and_its_slope_are_continuous_at_frames_and_knots(winding):
     before, at, after = (winding.at(moments + d) for d in (-step, 0, step))
     np.testing.assert_allclose(before, at, atol=0.1)
     np.testing.assert_allclose((after - at) / step, (at - before) / step, atol=0.5)
-    steepest = np.abs(winding.velocity(np.linspace(1, FRAMES - 2, 200))).max()
+    times = np.linspace(1, FRAMES - 2, 200)
+    steepest = np.abs(np.gradient(winding.at(times), times, axis=1)).max()
     assert steepest > 10, "it does move"
 
 
@@ -120,9 +121,3 @@ def test_each_at_takes_every_track_at_its_own_time(winding):
     times = np.array([0, 3.5, 7, 22.9, 23])
     expected = winding.at(times)[np.arange(5), np.arange(5)]
     np.testing.assert_allclose(winding.each_at(times), expected, atol=1e-5)
-
-
-def test_the_velocity_of_a_line_is_constant_from_the_first_to_the_last_frame():
-    xy, speed = line()
-    velocity = fit_curves(xy, np.ones(xy.shape[:2])).velocity(np.linspace(0, FRAMES - 1, 70))
-    np.testing.assert_allclose(velocity, np.broadcast_to(speed, velocity.shape), atol=5e-3)

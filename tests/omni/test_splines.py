@@ -45,6 +45,14 @@ def test_catmull_rom_meets_every_frame_exactly_and_is_c1():
     assert slope.diff(dim=0).abs().max() < 0.01 * slope.abs().max()
 
 
+@pytest.mark.parametrize("num_frames", [2, 3, 7])
+def test_catmull_rom_reproduces_a_line_up_to_the_ends(num_frames):
+    times = torch.linspace(0, num_frames - 1, 43, dtype=torch.float64)
+    index, weights = catmull_rom_weights(times, num_frames)
+    line = table_at(torch.arange(num_frames, dtype=torch.float64), index, weights)
+    assert torch.allclose(line, times)
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 5])
 def test_catmull_rom_clamps_times_outside_the_video(num_frames):
     table = torch.randn(num_frames, 2)
