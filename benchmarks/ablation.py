@@ -1,0 +1,171 @@
+"""What each part of the fit and of the read-out is worth: the same clips and flows without it.
+
+    python benchmarks/ablation.py --data ../shared/data/synthetic/dev --config cpu -o ablation.json
+
+`free-form` replaces the inverse of the bijections by networks of their own, so that nothing
+guarantees that mapping there and back is the identity. It exists here alone. `fitted frames` and
+`omitted frames` are both of a fit to every second frame: what it says at the frames it saw, and half
+way between them (delta_avg alone).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from quality import COLUMNS, Clip, find_clips, fork, machine, prepared, table
+from torch import Tensor
+
+import omni.model
+from omni import run as runs
+from omni.bijection import RealNVP
+from omni.config import Config, digest, load_config, to_dict
+from omni.coords import rescale
+from omni.errors import OmniError
+from omni.files import write_atomic
+from omni.metrics import DISTANCES, delta, evaluate, queries
+from omni.readout import Reader
+from omni.store import Store
+from omni.tracks import Tracks
+
+SETTINGS = {
+    "full": [],
+    "no photometric": ["loss.photometric.weight=0"],
+    "no mining": ["sampling.mining=0"],
+    "no global motion": ["model.motion=none"],
+    "no chains": ["sampling.tracks=0"],
+    "free-form": [],
+}
+READ_OUT = ("full", "field alone", "chains alone")
+HALF_RATE = ("fitted frames", "omitted frames")
+VARIANTS = (*SETTINGS, *READ_OUT[1:], *HALF_RATE)
+
+
+class FreeForm(RealNVP):
+    """A mapping whose inverse is another one of the same size, fitted along with it."""
+
+    def __init__(self, code, *args, **kwargs):
+        super().__init__(code, *args, **kwargs)
+        self.back = RealNVP(code, *args, **kwargs)
+
+    def embed(self, times: Tensor) -> list[Tensor]:
+        """Of both networks, one after the other."""
+        return super().embed(times) + self.back.embed(times)
+
+    def forward(self, points: Tensor, embedding: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Local to canonical."""
+        return super().forward(points, embedding[: len(self.couplings)])
+
+    def inverse(self, points: Tensor, embedding: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Canonical to local, by the other network, forwards."""
+        return self.back(points, embedding[len(self.couplings) :])
+
+
+def main() -> None:
+    """Fit and score every variant on every clip; print the table and write the JSON."""
+    options = parse()
+    config = load_config(options.config, options.set)
+    rows = []
+    for clip in find_clips(options.data, options.runs):
+        for variant in options.variants:
+            rows.append({"clip": clip.name, "method": variant, "seed": 0})
+            rows[-1] |= measure(clip, variant, options.runs, config)
+            print(f"{clip.name} {variant}: delta {rows[-1]['delta_avg']:.3f}", file=sys.stderr)
+    print(table(rows))
+    if options.out:
+        record = {"command": sys.argv[1:], "machine": machine(), "results": rows}
+        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="clips or folders")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="kept run folders")
+    parser.add_argument("--config", default="cpu", help="preset or YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("-o", "--out", type=Path, help="JSON to write")
+    return parser.parse_args()
+
+
+def measure(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, object]:
+    """Scores of one variant on one clip."""
+    if variant in HALF_RATE:
+        return half_rate(clip, variant, cache, config)
+    config = load_config(config, SETTINGS.get(variant, []))
+    reader = fitted(clip, variant, cache, config)
+    points = queries(clip.truth, "given").query_points.astype(np.float32)
+    if variant == "chains alone":
+        tracks = Reader(Store.open(prepared(clip, cache, config)), None, reader.chunk).tracks(
+            points
+        )
+    elif variant == "field alone":
+        tracks = field_alone(reader, points)
+    else:
+        tracks = reader.tracks(points)
+    return {**evaluate(tracks, clip.truth, "given"), "seconds": None}
+
+
+def fitted(clip: Clip, variant: str, cache: Path, config: Config) -> Reader:
+    """The reader of a fit, made once; read-out variants share the full one."""
+    kind = "full" if variant in (*READ_OUT, *HALF_RATE) else variant
+    base = prepared(clip, cache, config)
+    name = f"{clip.name}-ablation-{digest(base.name, kind, to_dict(config))}"
+    folder = fork(base, cache / name)
+    with free_form() if kind == "free-form" else contextlib.nullcontext():
+        runs.fit(folder, config)
+        return runs.load(folder, config.device).reader
+
+
+@contextlib.contextmanager
+def free_form() -> Iterator[None]:
+    """Fields made inside have a `FreeForm` in place of their bijections."""
+    before, omni.model.RealNVP = omni.model.RealNVP, FreeForm
+    try:
+        yield
+    finally:
+        omni.model.RealNVP = before
+
+
+def field_alone(reader: Reader, points: np.ndarray) -> Tracks:
+    """What the field says, without chains, fusion and smoothing."""
+    said = reader.follow(points, np.arange(reader.num_frames))
+    return Tracks(
+        rescale(said.xy, reader.size, reader.video_size),
+        said.visibility > 0.5,
+        said.visibility,
+        np.ones(said.visibility.shape, np.float32),
+        points,
+        reader.video_size,
+        reader.fps,
+    )
+
+
+def half_rate(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, object]:
+    """delta_avg of a fit to every second frame, at those frames or between them."""
+    data = dataclasses.replace(config.data, stride=2)
+    reader = fitted(clip, variant, cache, dataclasses.replace(config, data=data))
+    truth = clip.truth
+    points = queries(truth, "given").query_points.astype(np.float32)
+    rows = points[:, 0] % 2 == 0
+    frames = np.arange(variant == "omitted frames", 2 * reader.num_frames - 1, 2)
+    asked = points[rows] / np.array([2, 1, 1], np.float32)
+    found = reader.tracks(asked, frames / 2).tracks
+    found = rescale(found, reader.video_size, (256, 256))
+    true = rescale(truth.tracks[rows][:, frames], truth.size, (256, 256))
+    visible = truth.visible[rows][:, frames]
+    scored = truth.annotated[rows][:, frames] & (frames != points[rows, :1])
+    scores = [delta(found, true, visible, scored, distance) for distance in DISTANCES]
+    return dict.fromkeys(COLUMNS) | {"delta_avg": float(np.mean(scores))}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OmniError as error:
+        sys.exit(f"ablation: {error}")
