@@ -4,8 +4,8 @@
 
 `free-form` replaces the inverse of the bijections by networks of their own, so that nothing
 guarantees that mapping there and back is the identity. It exists here alone. `fitted frames` and
-`omitted frames` are both of a fit to every second frame: what it says at the frames it saw, and half
-way between them (delta_avg alone).
+`omitted frames` are both of a fit to every second frame: what it says at the frames it saw, and
+half way between them (delta_avg alone).
 """
 
 import argparse
@@ -101,9 +101,8 @@ def measure(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, 
     reader = fitted(clip, variant, cache, config)
     points = queries(clip.truth, "given").query_points.astype(np.float32)
     if variant == "chains alone":
-        tracks = Reader(Store.open(prepared(clip, cache, config)), None, reader.chunk).tracks(
-            points
-        )
+        store = Store.open(prepared(clip, cache, config))
+        tracks = Reader(store, None, reader.chunk).tracks(points)
     elif variant == "field alone":
         tracks = field_alone(reader, points)
     else:
