@@ -1,7 +1,7 @@
-"""Dense flow without any weights: OpenCV's DIS, chosen photometrically, then refined.
+"""Dense flow without any weights: OpenCV's DIS, refined, then sharpened at motion borders.
 
-The constants were selected by measurement (docs/method.md). Refinement takes two thirds of the
-time; it is what fills textureless areas. Composed starts are what makes far flows usable.
+The constants were selected by measurement (docs/experiments.md). Refinement fills textureless
+areas, sharpening takes back what it smears across borders, composed starts make far flows usable.
 """
 
 from collections.abc import Sequence
@@ -10,24 +10,27 @@ import cv2
 import numpy as np
 
 from preprocess.motion import Motion
-from preprocess.warp import sample
+from preprocess.photoconsistency import PhotoConsistency
 
 __all__ = ["DisFlow"]
 
 _NEAR_SCALES = (0.25, 0.31, 0.38, 0.46, 0.57, 0.7, 0.85, 1.0)
 _FAR_SCALES = (0.5, 0.6, 0.7, 0.85, 1.0)
 _SMALLEST_SIDE = 32  # DIS refuses less than about 12 pixels, and the coarsest scale is a quarter
-_PLAIN_HANDICAP = 2.0  # grey levels by which unguided search must win over the guided one
+_UNGUIDED = 2.0  # grey levels by which search without a start must win over the one with it
+_POLISHED = -0.3  # grey levels by which the last smoothing may lose: it lets cycles close
+_STRONG, _LIGHT = (5, 25), (3, 5)  # fixed-point and relaxation iterations
 
 
 class DisFlow:
     """Flow by dense inverse search plus variational refinement (a `FlowProvider`).
 
     Sources: Kroeger et al., Fast Optical Flow using Dense Inverse Search, ECCV 2016; Brox et al.,
-    High Accuracy Optical Flow Estimation Based on a Theory for Warping, ECCV 2004.
+    High Accuracy Optical Flow Estimation Based on a Theory for Warping, ECCV 2004; for sharpening
+    see `PhotoConsistency`.
 
     Args:
-        refine: whether to run the variational refinement.
+        refine: whether to refine and sharpen, which takes two thirds of the time.
         workers: number of `estimate` calls the caller may run at the same time.
     """
 
@@ -35,7 +38,7 @@ class DisFlow:
     judges = False
 
     def __init__(self, refine: bool = True, workers: int = 1):
-        self.name = "dis-refined" if refine else "dis"
+        self.name = "dis-sharp" if refine else "dis"
         self.workers = workers
         self._refine = refine
 
@@ -52,13 +55,17 @@ class DisFlow:
         height, width = image1.shape[:2]
         pad = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
         gray1, gray2 = (_pad(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), pad) for i in (image1, image2))
+        likeness = PhotoConsistency(_pad(image1, pad), _pad(image2, pad))
         flow = _search(gray1, gray2)
         if start is not None:
             start = _pad(start, pad)
             guided = _search(gray1, gray2, start.copy())
-            flow = _most_alike(gray1, gray2, [flow, guided, start])
+            flow = likeness.choose([start, guided, flow], [0, 0, _UNGUIDED])
         if self._refine:
             flow = _refine(gray1, gray2, flow, _NEAR_SCALES if start is None else _FAR_SCALES)
+            flow = likeness.spread(flow)
+            polished = _solve(_smooth(gray1), _smooth(gray2), flow, *_LIGHT)
+            flow = likeness.choose([flow, polished], [0, _POLISHED])
         return np.ascontiguousarray(flow[:height, :width])
 
     def estimate_batch(
@@ -78,28 +85,31 @@ def _search(gray1, gray2, start=None):
 
 def _refine(gray1, gray2, flow, scales):
     size = np.array(gray1.shape[::-1])
-    smooth1, smooth2 = (
-        cv2.GaussianBlur(gray.astype(np.float32) / 255, (0, 0), 0.6) for gray in (gray1, gray2)
-    )
+    smooth1, smooth2 = _smooth(gray1), _smooth(gray2)
     for scale in scales:
         level = tuple(np.rint(size * scale).astype(int).tolist())
         small1, small2 = (
             cv2.resize(image, level, interpolation=cv2.INTER_AREA) for image in (smooth1, smooth2)
         )
-        flow = _variational_solver().calc(small1, small2, _resize_flow(flow, level))
-        flow = cv2.merge([cv2.medianBlur(channel, 3) for channel in cv2.split(_finite(flow))])
+        flow = _solve(small1, small2, _resize_flow(flow, level), *_STRONG)
+        flow = cv2.merge([cv2.medianBlur(channel, 3) for channel in cv2.split(flow)])
     return flow
 
 
-def _variational_solver():
+def _smooth(gray):
+    return cv2.GaussianBlur(gray.astype(np.float32) / 255, (0, 0), 0.6)
+
+
+def _solve(smooth1, smooth2, flow, fixed_point, relaxation):
+    """Variational refinement of `flow`, which it leaves as it is."""
     solver = cv2.VariationalRefinement_create()
-    solver.setFixedPointIterations(5)
-    solver.setSorIterations(25)
+    solver.setFixedPointIterations(fixed_point)
+    solver.setSorIterations(relaxation)
     solver.setAlpha(3)
     solver.setDelta(0.5)
     solver.setGamma(5)
     solver.setOmega(1.6)
-    return solver
+    return _finite(solver.calc(smooth1, smooth2, flow.copy()))
 
 
 def _resize_flow(flow, level):
@@ -110,16 +120,6 @@ def _resize_flow(flow, level):
     method = cv2.INTER_AREA if level[0] < size[0] else cv2.INTER_LINEAR
     ratio = (np.array(level) / np.array(size)).astype(np.float32)
     return cv2.resize(flow, level, interpolation=method) * ratio
-
-
-def _most_alike(gray1, gray2, flows):
-    """Per pixel the flow whose target looks most like the source; the first is handicapped."""
-    costs = [
-        cv2.GaussianBlur(cv2.absdiff(gray1, sample(gray2, flow)).astype(np.float32), (0, 0), 2)
-        for flow in flows
-    ]
-    costs[0] += _PLAIN_HANDICAP
-    return np.choose(np.argmin(costs, axis=0)[..., None], flows)
 
 
 def _pad(array, pad):

@@ -104,7 +104,7 @@ def test_without_any_weights_one_sentence_says_what_to_do(offline):
 
 def test_auto_falls_back_to_dis_without_any_weights(offline, caplog):
     caplog.set_level("INFO", "preprocess")
-    assert resolve_provider(FlowConfig("auto"), "cuda").name == "dis-refined"
+    assert resolve_provider(FlowConfig("auto"), "cuda").name == "dis-sharp"
     assert "flow: DIS (RAFT weights are neither cached" in caplog.text
 
 
@@ -168,13 +168,13 @@ def test_plain_weights_judge_nothing(weights):
 
 def test_auto_takes_dis_on_a_cpu(weights):
     provider = resolve_provider(FlowConfig("auto", weights=str(weights), raft="small"), "cpu")
-    assert provider.name == "dis-refined"
+    assert provider.name == "dis-sharp"
 
 
 def test_auto_keeps_finished_flow_of_either_kind():
     assert accepts(FlowConfig("auto"), "raft-large-0123abcd")
-    assert accepts(FlowConfig("auto"), "dis-refined")
-    assert not accepts(FlowConfig("auto", refine=False), "dis-refined")
+    assert accepts(FlowConfig("auto"), "dis-sharp")
+    assert not accepts(FlowConfig("auto", refine=False), "dis-sharp")
     assert not accepts(FlowConfig("auto", raft="small"), "raft-large-0123abcd")
     assert not accepts(FlowConfig("dis"), "raft-large-0123abcd")
-    assert not accepts(FlowConfig("raft"), "dis-refined")
+    assert not accepts(FlowConfig("raft"), "dis-sharp")
