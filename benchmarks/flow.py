@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from quality import commit, machine
+from record import commit, machine
 from tqdm import tqdm
 
 from omni.coords import pixel_centers
