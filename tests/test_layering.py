@@ -116,7 +116,8 @@ def test_training_of_the_flow_network_is_a_room_of_its_own():
         if target[:2] != ("preprocess", "training")
     }
     assert known == {("preprocess", "network")} | {
-        ("omni", name) for name in ("checkpoint", "coords", "errors", "store", "textures")
+        ("omni", name)
+        for name in ("checkpoint", "coords", "errors", "signals", "store", "textures")
     }
     for package in ("omni", "preprocess"):
         for name in modules(package):
