@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from quality import COLUMNS, Clip, find_clips, fork, machine, prepared, table
+from quality import COLUMNS, Clip, find_clips, fork, prepared, table
+from record import machine
 from torch import Tensor
 
 import omni.model

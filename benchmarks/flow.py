@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from quality import commit, machine
+from record import commit, machine
 from tqdm import tqdm
 
 from omni.coords import pixel_centers
@@ -97,7 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        OmniError: no scenes are asked for, or a CUDA device that is not there.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data"), help="of dev and kitti"
@@ -111,6 +115,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="0: one per core")
     parser.add_argument("-o", "--out", type=Path, help="JSON to write")
     options = parser.parse_args(arguments)
+    if options.scenes < 1:
+        raise OmniError("--scenes must be at least 1; --sets chooses what is measured")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise OmniError("no CUDA device is available: use --device cpu, or a CUDA build of torch")
     if options.threads:
         torch.set_num_threads(options.threads)
     return options
@@ -124,8 +132,9 @@ def find_providers(options: argparse.Namespace) -> dict[str, FlowProvider]:
         providers["raft embedded"] = RaftFlow(
             Weights(EMBEDDED, "small", "embedded"), options.device
         )
-    for path in options.weights:
-        label = f"raft {path.parent.name}/{path.stem}"
+    short = [f"{path.parent.name}/{path.stem}" for path in options.weights]
+    for path, label in zip(options.weights, short, strict=True):
+        label = f"raft {label if short.count(label) == 1 else path}"
         providers[label] = RaftFlow(Weights(path, options.raft, "given"), options.device)
     return providers
 

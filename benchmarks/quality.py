@@ -12,9 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
+from record import commit, machine
 
 from omni import run as runs
 from omni.baselines import baseline
@@ -174,14 +172,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, object]:
-    """What the numbers were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"opencv": cv2.__version__, "numpy": np.__version__}
-    return {"platform": platform.platform(), "cores": os.cpu_count(), "gpu": gpu, **versions}
-
-
 def _is_clip(path: Path) -> bool:
     return path.suffix == ".npz" or (path / "truth.npz").is_file()
 
@@ -215,17 +205,6 @@ def _cell(column: str, *seeds: dict) -> str:
     scale, digits = (1, 2) if column == "TC" else (1, 1) if column == "seconds" else (100, 1)
     text = f"{scale * np.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} +- {scale * np.std(values, ddof=1):.{digits}f}"
-
-
-def commit() -> str:
-    """What `git describe` says of this checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return result.stdout.strip()
 
 
 if __name__ == "__main__":

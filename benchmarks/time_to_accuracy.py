@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality import Clip, find_clips, machine, prepared
+from quality import Clip, find_clips, prepared
+from record import machine
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 

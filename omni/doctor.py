@@ -155,12 +155,14 @@ def _weights() -> Finding:
     import torch
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    cached = sorted(path.name for path in folder.glob("raft_*.pth"))
-    if cached:
-        return Finding("ok", f"RAFT weights: {', '.join(cached)}")
+    package = importlib.util.find_spec("preprocess")
+    found = sorted(path.name for path in folder.glob("raft_*.pth"))
+    found += sorted(path.name for path in Path(package.origin).parent.glob("raft_*.safetensors"))
+    if found:
+        return Finding("ok", f"RAFT weights: {', '.join(found)}")
     return Finding(
         "note",
-        f"no RAFT weights in {folder}",
+        f"no RAFT weights in {folder} nor in this build",
         "DIS is used without a GPU; with one they are downloaded, or name a file: flow.weights",
     )
 

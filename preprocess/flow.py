@@ -100,15 +100,19 @@ def accepts(config: FlowConfig, name: str) -> bool:
     """Whether flow by the provider called `name` is what `config` asks for.
 
     Under `auto` finished flow of either kind is kept: a run made on a GPU machine goes on
-    anywhere, and none of it needs weights or a network again.
+    anywhere, and none of it needs weights or a network again, nor `config.weights` where that
+    file stayed behind.
     """
-    dis = DisFlow(config.refine).name
-    raft = [f"raft-{config.raft}-{weights_digest(config.weights)}"]
+    if config.provider != "raft" and name == DisFlow(config.refine).name:
+        return True
+    gone = bool(config.weights) and not Path(config.weights).is_file()
+    raft = [f"raft-{config.raft}-{'' if gone else weights_digest(config.weights)}"]
     if not config.weights:
         raft.append("raft-embedded-")
-    return (config.provider != "raft" and name == dis) or (
-        config.provider != "dis" and name.startswith(tuple(raft))
-    )
+    kept = config.provider != "dis" and name.startswith(tuple(raft))
+    if kept and gone:
+        logger.warning("flow.weights %s is gone: keeping finished %s", config.weights, name)
+    return kept
 
 
 def weights_digest(path: str) -> str:

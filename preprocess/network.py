@@ -82,6 +82,7 @@ class FlowNetwork(nn.Module):
             updates: number of recurrent updates; only while training all flows are returned.
         """
         raft, update = self.raft, self.raft.update_block
+        raft.corr_block.corr_pyramid = []  # else the last call's stands beside the new one
         with torch.autocast(context.device.type, enabled=False):  # sub-pixel peaks need all bits
             raft.corr_block.build_pyramid(features1.float(), features2.float())
         context = context.float()
@@ -120,6 +121,13 @@ class FlowNetwork(nn.Module):
     @classmethod
     def of(cls, state: dict[str, Tensor], variant: str) -> "FlowNetwork":
         """The network whose parameters `state` holds: torchvision's own or `weights`'.
+
+        Args:
+            state: parameters by name; heads only where there are any.
+            variant: `large` or `small`, the architecture they are of.
+
+        Returns:
+            The network on the CPU, in single precision.
 
         Raises:
             Exception: of any kind, when these are the parameters of something else.

@@ -1,6 +1,7 @@
 """RAFT as a flow provider: where its weights come from, and frames encoded once per video."""
 
 import hashlib
+import logging
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,18 +16,22 @@ from torch import Tensor
 from torchvision.models import optical_flow
 
 from omni.errors import OmniError
+from omni.memory import out_of_memory
 from preprocess.flow import weights_digest
 from preprocess.motion import Motion
 from preprocess.network import SMALLEST_SIDE, FlowNetwork, read_weights
 
 __all__ = ["EMBEDDED", "RaftFlow", "Weights", "find_weights"]
 
+logger = logging.getLogger(__name__)
+
 EMBEDDED = Path(__file__).with_name("raft_small.safetensors")
 """Our own weights, in builds that ship some (docs/model_card_raft.md)."""
 
 _UPDATES = 20  # the original's number
 _CACHED_FRAMES = 80  # a gap-32 level alternates between frames 32 apart
-_GPU_BATCH = 8  # pairs: 0.7 GB of correlation at 384x683
+_MOST_PAIRS = 8
+_CORRELATIONS = 2**28  # at once: 1.4 GB with their pyramid; 6 pairs at 480x854
 _DOWNLOAD_SECONDS = 10.0
 
 
@@ -40,7 +45,11 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """Identifies the weights by their content; those of a build are not a user's choice."""
+        """Identifies the weights by their content; those of a build are not a user's choice.
+
+        Raises:
+            OmniError: there is no such file.
+        """
         kind = "embedded" if self.origin == "embedded" else self.variant
         return f"raft-{kind}-{weights_digest(str(self.path))}"
 
@@ -51,6 +60,9 @@ def find_weights(variant: str, given: str = "") -> Weights:
     Args:
         variant: `large` or `small`; ours are always small.
         given: .pth or .safetensors file, or empty.
+
+    Returns:
+        Where they are; a `given` file is not looked at yet.
 
     Raises:
         OmniError: there are no weights to be had.
@@ -99,25 +111,71 @@ class RaftFlow:
         self._device = torch.device(device)
         self._encoded: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
         self.judges = self._network.heads is not None
-        self.batch = _GPU_BATCH if self._device.type == "cuda" else 1
+        self._most = _MOST_PAIRS
+        self.batch = self._most if self._device.type == "cuda" else 1
 
     def estimate(
         self, image1: np.ndarray, image2: np.ndarray, start: np.ndarray | None = None
     ) -> np.ndarray:
-        """Flow `(h, w, 2)` float32 pixels from `image1` to `image2`, both `(h, w, 3)` uint8 RGB.
+        """Flow from `image1` to `image2`.
 
         Args:
-            image1: source frame.
-            image2: target frame.
+            image1: source frame, `(h, w, 3)` uint8 RGB.
+            image2: target frame, `(h, w, 3)` uint8 RGB.
             start: `(h, w, 2)` first guess in pixels, None for zero.
+
+        Returns:
+            `(h, w, 2)` float32 pixels.
         """
         return self.estimate_batch([(image1, image2, start)])[0].flow
 
-    @torch.inference_mode()
     def estimate_batch(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
     ) -> list[Motion]:
-        """Motion of several pairs of one size at once; each `(image1, image2, start)`."""
+        """Motion of several pairs of one size, as many at once as memory holds.
+
+        Args:
+            pairs: each `(image1, image2, start)`, as `estimate` takes them.
+
+        Returns:
+            One motion per pair; `hidden` and `sigma` `(h, w)` only where the weights have heads.
+        """
+        motions = []
+        while len(motions) < len(pairs):
+            chunk = pairs[len(motions) :][: self._room(pairs[0][0].shape[:2])]
+            found = self._attempt(chunk)
+            if found is None:
+                self._free(len(chunk))
+            else:
+                motions += found
+        return motions
+
+    def _room(self, size: tuple[int, int]) -> int:
+        """Pairs of images of `size` that are computed at once."""
+        right, bottom = _padding(size)[1::2]
+        cells = (size[0] + bottom) * (size[1] + right) // 64
+        return max(1, min(self._most, _CORRELATIONS // cells**2))
+
+    def _attempt(self, pairs) -> list[Motion] | None:
+        """Motion of the pairs; None if memory ran out and there is something to give up."""
+        try:
+            return self._estimate(pairs)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or (len(pairs) == 1 and len(self._encoded) <= 2):
+                raise
+        return None  # only now does the error let go of what it stopped at
+
+    def _free(self, failed: int) -> None:
+        """Give up cached frames, and batches of the size that `failed`."""
+        self._encoded.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if failed > 1:
+            self._most = failed // 2
+            logger.warning("out of memory: going on with RAFT batches of %d pairs", self._most)
+
+    @torch.inference_mode()
+    def _estimate(self, pairs) -> list[Motion]:
         height, width = pairs[0][0].shape[:2]
         features1, context = self._stack(pair[0] for pair in pairs)
         features2, _ = self._stack(pair[1] for pair in pairs)

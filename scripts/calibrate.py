@@ -5,7 +5,9 @@
 Writes `preprocess/sigma.json` (how large a flow's error is, by gap) and `omni/calibration.json`
 (how cues become visibility, trust and sigma). Never looks at the evaluation clips. Each scene of
 `omni.synthetic` is rendered, preprocessed and, with --fit, fitted; flows, chains and the fused
-read-out are then compared with the truth.
+read-out are then compared with the truth. Flow of another provider, leaving the rest as it is:
+
+    python scripts/calibrate.py --work runs/calibration-raft --set flow.provider=raft --sigma-only
 """
 
 import argparse
@@ -18,7 +20,7 @@ from scipy.optimize import minimize
 
 from omni import run as runs
 from omni.confidence import CUES, FIELD_CUES
-from omni.config import load_config
+from omni.config import Config, load_config
 from omni.coords import inside
 from omni.links import Links
 from omni.readout import Reader
@@ -50,15 +52,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
     parser.add_argument("--frames", type=int, default=36)
     parser.add_argument("--fit", action="store_true", help="calibrate the fused read-out, too")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--sigma-only", action="store_true", help="write preprocess/sigma.json only"
+    )
     options = parser.parse_args()
+    config = load_config("cpu", options.set)
     command = f"scenes {' '.join(options.scenes)}, seeds {options.seeds}, {options.frames} frames"
+    command += "".join(f", {setting}" for setting in options.set)
     made_by = f"scripts/calibrate.py: {command}"
     clips = [(scene, seed) for scene in options.scenes for seed in options.seeds]
     folders = [options.work / f"{scene}-{seed}" for scene, seed in clips]
     for folder, (scene, seed) in zip(folders, clips, strict=True):
-        prepare(folder, scene, seed, options.frames)
+        prepare(folder, scene, seed, options.frames, config)
     write_sigma(folders, clips, made_by)
-    samples = [sample(folder, options.fit) for folder in folders]
+    if options.sigma_only:
+        return
+    samples = [sample(folder, options.fit, config) for folder in folders]
     path = Path(__file__).parent.parent / "omni" / "calibration.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
     for kind in samples[0]:
@@ -67,7 +77,7 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def prepare(folder: Path, scene: str, seed: int, frames: int) -> None:
+def prepare(folder: Path, scene: str, seed: int, frames: int, config: Config) -> None:
     """Render a clip, note the truth about 512 queries of all frames, and compute its flows."""
     truth, images = folder / "truth.npz", folder / "frames"
     if not truth.is_file():
@@ -78,7 +88,7 @@ def prepare(folder: Path, scene: str, seed: int, frames: int) -> None:
         queries = clip.queries(512)
         tracks, visible = clip.track(queries)
         np.savez(truth, queries=queries, tracks=tracks, visible=visible)
-    runs.preprocess_video(images, folder / "run", load_config("cpu"))
+    runs.preprocess_video(images, folder / "run", config)
 
 
 def write_sigma(folders: list[Path], clips: list[tuple[str, int]], made_by: str) -> None:
@@ -143,11 +153,10 @@ def line(error: np.ndarray, off: np.ndarray) -> list[float]:
     return np.exp(best.x).round(4).tolist()
 
 
-def sample(folder: Path, fitted: bool) -> dict[str, tuple]:
+def sample(folder: Path, fitted: bool, config: Config) -> dict[str, tuple]:
     """Cues, positions, truth and visibility of one clip, per kind of read-out."""
     with np.load(folder / "truth.npz", allow_pickle=False) as data:
         queries, tracks, visible = data["queries"], data["tracks"], data["visible"]
-    config = load_config("cpu")
     # With the new sigma: only what depends on it is done again.
     store = runs.preprocess_video(folder / "frames", folder / "run", config)
     readers = {"chains": Reader(store, None, 8192)}

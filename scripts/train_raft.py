@@ -1,17 +1,16 @@
 """Train RAFT on generated pairs of images: the weights that `flow.provider=raft` can embed.
 
-    python scripts/train_raft.py runs/raft
+    PYTHONPATH=. python scripts/train_raft.py runs/raft
 
-On a CUDA device if there is one. May be stopped at any moment; the same command continues.
-`tensorboard --logdir runs/raft` shows end-point errors on fixed validation sets. Then
+needs torch, torchvision, OpenCV, SciPy, TensorBoard, safetensors and PyYAML, nothing installed of
+ours, and takes a CUDA device if there is one. May be stopped at any moment; the same command
+continues. `tensorboard --logdir runs/raft` shows end-point errors on fixed validation sets.
 
-    python benchmarks/flow.py --weights runs/raft/weights.safetensors
+How long it will take, say 50 steps in another folder: the log ends with seconds per step.
 
-says whether the weights are worth embedding, and
+    PYTHONPATH=. python scripts/train_raft.py runs/timing --steps 50 --validation 2
 
-    cp runs/raft/weights.safetensors preprocess/raft_small.safetensors
-
-embeds them.
+Judging and embedding the weights: docs/model_card_raft.md.
 """
 
 import argparse
@@ -20,8 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
+from omni.board import Board
 from omni.errors import OmniError
 from preprocess.training.raft_trainer import RaftTrainer, Recipe
 
@@ -44,25 +43,37 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=recipe.samples, help="rays per pixel")
     parser.add_argument("--validation", type=int, default=recipe.validation, help="pairs per set")
     parser.add_argument("--seed", type=int, default=recipe.seed)
-    parser.add_argument("--validate-every", type=int, default=1000, metavar="STEPS")
+    parser.add_argument("--validate-every", type=_positive, default=1000, metavar="STEPS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     options = vars(parser.parse_args())
     out, device, every = (options.pop(name) for name in ("out", "device", "validate_every"))
     if threads := options.pop("threads"):
         torch.set_num_threads(threads)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise OmniError("no CUDA device is available: use --device cpu, or a CUDA build of torch")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with SummaryWriter(out / "tensorboard") as board:
+    options["size"] = tuple(options["size"])
+    trainer = RaftTrainer(Recipe(**options), out, device)
+    # Steps after the last checkpoint come again, and their points with them.
+    first = trainer.step + 1 if trainer.step else 0
+    with Board(out / "tensorboard", purge_step=first) as board:
 
-        def show(step: int, values: dict[str, float]) -> None:
-            for name, value in values.items():
-                board.add_scalar(name, value, step)
+        def report(step: int, values: dict[str, float]) -> None:
+            board.scalars(values, step)
             if "epe/gap1" in values:
-                text = ", ".join(f"{k} {v:.3f}" for k, v in values.items() if k.startswith("epe/"))
+                shown = {k: v for k, v in values.items() if k.startswith(("epe/", "seconds"))}
+                text = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
                 logging.info("step %d: %s", step, text)
 
-        options["size"] = tuple(options["size"])
-        RaftTrainer(Recipe(**options), out, device, show).run(every)
+        trainer.run(report, every)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return value
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Imports run one way. The table is docs/architecture.md's; a new module needs a line in it."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_training_of_the_flow_network_is_a_room_of_its_own():
         if target[:2] != ("preprocess", "training")
     }
     assert known == {("preprocess", "network")} | {
-        ("omni", name) for name in ("checkpoint", "coords", "errors", "store", "textures")
+        ("omni", name)
+        for name in ("checkpoint", "coords", "errors", "signals", "store", "textures")
     }
     for package in ("omni", "preprocess"):
         for name in modules(package):
@@ -153,8 +155,30 @@ def test_importing_omni_and_asking_for_help_load_no_torch(code):
     assert ("usage" in result.stdout) == ("help" in code)
 
 
+@pytest.mark.slow
+def test_the_flow_network_is_trained_and_judged_without_what_reads_videos():
+    """A GPU machine may have torch, OpenCV and little else, and nothing is installed there."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules |= dict.fromkeys(('av', 'imageio', 'imageio_ffmpeg', 'tyro'))\n"
+        "for script in ('scripts/train_raft.py', 'benchmarks/flow.py'):\n"
+        "    runpy.run_path(script)"
+    )
+    folders = os.pathsep.join([str(REPO), str(REPO / "benchmarks")])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": folders},
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_public_name_exists_in_the_place_it_is_said_to_be():
     import omni
+    import preprocess
 
     for name in omni.__all__:
         assert getattr(omni, name) is not None
+    assert callable(preprocess.prepare)

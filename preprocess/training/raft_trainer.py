@@ -2,10 +2,9 @@
 
 import json
 import logging
-import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.errors import OmniError
+from omni.signals import Interrupted, stop_signals
 from omni.store import write_atomic
 from preprocess.network import SMALLEST_SIDE, FlowNetwork, Prediction
 from preprocess.training.pairs import FlowPairs, PairSource
@@ -36,11 +36,19 @@ HUBER = 4.0
 VALIDATION = {"gap1": 1, "gap4": 4, "gap16": 16}
 """Fixed validation sets by name: frames between the two images."""
 _VALIDATION_SEED, _VALIDATION_UPDATES = 2**31 - 1, 20
+_LOG_EVERY = 20  # steps
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called with a step and what is known of it: name to value."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result of a training run."""
+    """Everything that decides the result of a training run.
+
+    Raises:
+        OmniError: a value that training cannot work with.
+    """
 
     variant: Literal["small", "large"] = "small"
     steps: int = 20_000
@@ -57,8 +65,25 @@ class Recipe:
     samples: int = 6
     """rays per pixel"""
     validation: int = 32
-    """pairs of each validation set, an even number"""
+    """pairs of each validation set, rounded up to an even number"""
     seed: int = 0
+
+    def __post_init__(self):
+        least = {"steps": 1, "batch": 1, "updates": 1, "textures": 1, "samples": 1, "validation": 1}
+        for name, bound in (least | {"surfaces": 4, "seed": 0}).items():
+            if getattr(self, name) < bound:
+                raise OmniError(f"{name} = {getattr(self, name)} is too small: at least {bound}")
+        if self.seed >= 2**31 - 2:
+            raise OmniError(f"seed = {self.seed} is too large: validation and benchmark use others")
+        if not (0 < self.rate <= 1 and 0 <= self.decay <= 1):
+            raise OmniError(f"rate = {self.rate} or decay = {self.decay} is not between 0 and 1")
+        if self.variant not in ("small", "large"):
+            raise OmniError(f"variant {self.variant!r} is not one of small, large")
+        if min(self.size) < SMALLEST_SIDE or any(side % 8 for side in self.size):
+            raise OmniError(
+                f"training images of {self.size[0]}x{self.size[1]} do not work: both sides must "
+                f"be multiples of 8 and at least {SMALLEST_SIDE}"
+            )
 
 
 def flow_loss(flows: list[Tensor], pairs: FlowPairs) -> Tensor:
@@ -96,70 +121,77 @@ def head_losses(prediction: Prediction, pairs: FlowPairs) -> tuple[Tensor, Tenso
 class RaftTrainer:
     """Trains one network; what it wrote to `folder` is continued, to the same result on a CPU.
 
-    Leaves `checkpoint.pt` and, at every validation, `weights.safetensors` (half precision).
+    Leaves `checkpoint.pt` and `weights.safetensors` (half precision).
 
     Args:
         recipe: what to train.
-        folder: where to save.
+        folder: where to save, and what to continue.
         device: where pairs are generated and the network lives.
-        on_scalars: called with (step, name to value).
 
     Raises:
-        OmniError: the folder holds a run of another recipe, or the images are too small.
+        OmniError: the folder holds a run of another recipe, or a damaged or foreign checkpoint.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        device: torch.device | str = "cpu",
-        on_scalars: Callable[[int, dict[str, float]], None] = lambda step, values: None,
-    ):
-        if min(recipe.size) < SMALLEST_SIDE or any(side % 8 for side in recipe.size):
-            raise OmniError(
-                f"training images of {recipe.size[0]}x{recipe.size[1]} do not work: both sides "
-                f"must be multiples of 8 and at least {SMALLEST_SIDE}"
-            )
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device | str = "cpu"):
         self.recipe, self.folder, self.device = recipe, folder, torch.device(device)
-        self.on_scalars = on_scalars
         torch.manual_seed(recipe.seed)
         self.network = FlowNetwork(recipe.variant, heads=True).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), recipe.rate, weight_decay=recipe.decay
         )
+        self.step = 0
+        self._stop_signal: int | None = None
+        self._resume()  # before the textures, which take a while
         look = recipe.surfaces, recipe.samples
         self.source = PairSource(recipe.size, recipe.textures, recipe.seed, self.device, *look)
-        self.step = 0
-        self._stopping = False
 
-    def run(self, validate_every: int = 1000, save_seconds: float = 120.0) -> None:
-        """Train to the end, continuing what the folder holds.
+    def run(
+        self,
+        report: Report = lambda step, values: None,
+        validate_every: int = 1000,
+        save_seconds: float = 120.0,
+    ) -> None:
+        """Train to the end.
+
+        Args:
+            report: told the losses every 20 steps, and at every validation its scores and
+                `seconds_per_step`, the median of the training steps since the last one.
+            validate_every: steps between validations; there is one before and after all, too.
+            save_seconds: between checkpoints; every validation has one, too.
 
         Raises:
-            KeyboardInterrupt: on SIGINT or SIGTERM, after saving.
+            Interrupted: on a stop signal, after saving.
+            OmniError: the folder cannot be written.
         """
-        self._resume()
-        steps, saved = self.recipe.steps, time.monotonic()
+        steps, saved, seconds = self.recipe.steps, time.monotonic(), []
         bar = tqdm(total=steps, initial=self.step, desc="train", unit="step", disable=None)
-        with self._stop_signals(), bar:
+        with stop_signals(self._note_signal), bar:
             if self.step == 0:
-                self._validate(bar)
+                self._validate(bar, report, seconds)
             while self.step < steps:
-                values = self.train_step()
+                began = time.monotonic()
+                losses = self.train_step()
+                seconds.append(time.monotonic() - began)
                 bar.update()
-                if self.step % 20 == 0:
-                    self.on_scalars(self.step, values)
-                if self.step % validate_every == 0 or self.step == steps:
-                    self._validate(bar)
-                    self.save()
-                if self._stopping or time.monotonic() - saved > save_seconds:
+                if self.step % _LOG_EVERY == 0:
+                    report(self.step, {name: float(value) for name, value in losses.items()})
+                validating = self.step % validate_every == 0 or self.step == steps
+                if validating:
+                    self._validate(bar, report, seconds)
+                    seconds.clear()
+                stopping = self._stop_signal is not None
+                if validating or stopping or time.monotonic() - saved > save_seconds:
                     self.save()
                     saved = time.monotonic()
-                if self._stopping:
-                    raise KeyboardInterrupt
+                if stopping:
+                    raise Interrupted(self._stop_signal)
 
-    def train_step(self) -> dict[str, float]:
-        """One update on the next batch; its losses by name."""
+    def _note_signal(self, number: int, frame: object) -> None:
+        """Stop after the current step."""
+        self._stop_signal = number
+
+    def train_step(self) -> dict[str, Tensor | float]:
+        """One update on the next batch; its losses by name, on the device, and the rate."""
         self.network.train()
         self._freeze_batch_norm()
         pairs = self.source.batch(self.step, self.recipe.batch)
@@ -179,11 +211,11 @@ class RaftTrainer:
             group["lr"] = rate
         if torch.isfinite(flow_norm + heads_norm):  # one broken batch must not end a run
             self.optimizer.step()
+        else:
+            log.warning("step %d: gradient not finite, batch left out", self.step)
         self.step += 1
-        values = {"flow": flow, "occlusion": occlusion, "likelihood": likelihood}
-        return {f"loss/{name}": float(value.detach()) for name, value in values.items()} | {
-            "rate": rate
-        }
+        losses = {"flow": flow, "occlusion": occlusion, "likelihood": likelihood}
+        return {f"loss/{n}": value.detach() for n, value in losses.items()} | {"rate": rate}
 
     @cached_property
     def _judges(self) -> PairSource:
@@ -208,8 +240,17 @@ class RaftTrainer:
         return scores
 
     def save(self) -> None:
-        """Write the checkpoint and the weights, each atomically."""
+        """Write the weights and the checkpoint, each atomically.
+
+        In this order: a finished checkpoint says that nothing is left to do.
+
+        Raises:
+            OmniError: the folder cannot be written.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        # One entry only: safetensors writes several in any order.
+        facts = {"training": json.dumps(_plain(self.recipe) | {"step": self.step})}
+        write_atomic(self.folder / "weights.safetensors", save(self.network.weights(), facts))
         state = {
             "recipe": _plain(self.recipe),
             "step": self.step,
@@ -217,23 +258,25 @@ class RaftTrainer:
             "optimizer": self.optimizer.state_dict(),
         }
         save_checkpoint(self.folder / "checkpoint.pt", state)
-        # One entry only: safetensors writes several in any order.
-        facts = {"training": json.dumps(_plain(self.recipe) | {"step": self.step})}
-        write_atomic(self.folder / "weights.safetensors", save(self.network.weights(), facts))
 
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
         if not path.is_file():
             return
-        state = load_checkpoint(path, self.device)
-        if state["recipe"] != _plain(self.recipe):
-            raise OmniError(
-                f"{self.folder} holds a run of another recipe: give the same options or another "
-                "folder"
-            )
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        advice = "delete it to start anew, or give another folder"
+        try:
+            state = load_checkpoint(path)  # on the CPU, where AdamW counts its steps
+        except OmniError as error:
+            raise OmniError(f"{str(error).partition(': ')[0]}: {advice}") from None
+        if state.get("recipe") != _plain(self.recipe):
+            what = "a run of another recipe" if "recipe" in state else "something else's checkpoint"
+            raise OmniError(f"{self.folder} holds {what}: give the same options or another folder")
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = int(state["step"])
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
+            raise OmniError(f"{path} does not fit itself: {advice}") from None
         log.info("continuing at step %d", self.step)
 
     def _predict(self, pairs: FlowPairs, updates: int) -> Prediction:
@@ -244,9 +287,10 @@ class RaftTrainer:
             first, second = features.chunk(2)
             return self.network(first, second, context[: len(first)], updates=updates)
 
-    def _validate(self, bar: tqdm) -> None:
+    def _validate(self, bar: tqdm, report: Report, seconds: list[float]) -> None:
         scores = self.validate()
-        self.on_scalars(self.step, scores)
+        pace = {"seconds_per_step": statistics.median(seconds)} if seconds else {}
+        report(self.step, scores | pace)
         bar.set_postfix({name: f"{scores[f'epe/{name}']:.2f}" for name in VALIDATION})
 
     def _freeze_batch_norm(self) -> None:
@@ -255,20 +299,6 @@ class RaftTrainer:
             for module in self.network.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.eval()
-
-    @contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run between two steps."""
-
-        def stop(number, frame):
-            self._stopping = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _counted(pairs: FlowPairs) -> Tensor:

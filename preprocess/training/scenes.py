@@ -111,11 +111,11 @@ class Scenes:
 
     def cast(self, xy: Tensor, time: Tensor) -> Hits:
         """What is seen at raster points `xy` (B or 1, N, 2) at `time` (B,)."""
-        inverse = torch.linalg.inv(self.matrices(time))
+        inverse, singular = torch.linalg.inv_ex(self.matrices(time))
         ray = F.pad(xy, (0, 1), value=1.0)[:, None].mT
         u, v, w = (inverse @ ray).unbind(-2)  # w = 1 / depth
-        front = (w > 0) & (w < 1 / NEAREST)
-        chart = torch.stack([u, v], -1) / torch.where(front, w, 1.0)[..., None]
+        front = (w > 0) & (w < 1 / NEAREST) & (singular == 0)[..., None]  # edge-on is not seen
+        chart = torch.where(front[..., None], torch.stack([u, v], -1) / w[..., None], 0.0)
         material = chart + self._deformation(chart, time)
         covered = front & _covers(self.outline, material)
         inverse_depth, surface = torch.where(covered, w, 0.0).max(dim=1)
@@ -131,7 +131,7 @@ class Scenes:
         for _ in range(FIXED_POINTS):
             chart = hits.material - self._deformation(chart, time, hits.surface)
         matrix = _pick(self.matrices(time), hits.surface)
-        x, y, depth = (matrix @ F.pad(chart, (0, 1), value=1.0)[..., None])[..., 0].unbind(-1)
+        x, y, depth = _times(matrix, F.pad(chart, (0, 1), value=1.0)).unbind(-1)
         xy = torch.stack([x, y], -1) / depth.clamp(min=NEAREST)[..., None]
         return xy, depth
 
@@ -142,14 +142,15 @@ class Scenes:
             flow (B, H, W, 2) in pixels; visible (B, H, W) bool, the point is in the target frame
             and hidden by nothing; valid (B, H, W) bool, it is in front of the camera there.
         """
-        hits = self.cast(self.centers, source)
+        centers = self.centers
+        hits = self.cast(centers, source)
         xy, depth = self.project(hits, target)
         there = self.cast(xy, target)
         nearer = there.inverse_depth * depth > 1 + RIM
         valid = (depth > NEAREST) & (hits.inverse_depth > 0)
         visible = valid & inside(xy, self.size) & ~((there.surface != hits.surface) & nearer)
         shape = (len(source), *self.size)
-        flow = (xy - self.centers).reshape(*shape, 2)
+        flow = (xy - centers).reshape(*shape, 2)
         return flow, visible.reshape(shape), valid.reshape(shape)
 
     def labels(self, time: Tensor) -> Tensor:
@@ -165,13 +166,12 @@ class Scenes:
             samples: points per pixel, spread over its area and the open shutter.
         """
         image = torch.zeros(len(time), math.prod(self.size), 3, device=time.device)
+        centers = self.centers
         # What stands between each pixel and the lamp, once per image: that halves the work.
-        blocker = self.cast(self.centers + self.shadow[:, None, :2], time).inverse_depth
-        for k in range(samples):
-            # A rotated grid: k-th of the fractional parts of multiples of an irrational number.
-            offset = torch.tensor([(k + 0.5) / samples, (0.38 + k * 0.618034) % 1]) - 0.5
+        blocker = self.cast(centers + self.shadow[:, None, :2], time).inverse_depth
+        for k, offset in enumerate(_spread(samples).to(time.device)):
             moment = time + self.shutter * ((k + 0.5) / samples - 0.5)
-            image += self._shade(self.centers + offset.to(time.device), moment, bank, blocker)
+            image += self._shade(centers + offset, moment, bank, blocker)
         image = (image / samples).clamp(0, 1)
         return image.reshape(len(time), *self.size, 3).movedim(-1, 1)
 
@@ -186,7 +186,7 @@ class Scenes:
                 index, hits.material * repeats[..., None], hits.footprint * repeats
             )
             paint = _pick(self.paint[:, :, layer], hits.surface)
-            color = color + (paint @ (texture - 0.5)[..., None])[..., 0]
+            color = color + _times(paint, texture - 0.5)
         dark = (blocker > hits.inverse_depth * 1.03) & (hits.inverse_depth > 0)
         light = 1 - self.shadow[:, 2:] * dark
         return color.clamp(0, 1) * (light * self._illumination(xy, time))[..., None]
@@ -363,11 +363,29 @@ def _covers(outline: Tensor, material: Tensor) -> Tensor:
 
 
 def _rotation(vectors: Tensor) -> Tensor:
-    """Rotation matrices (..., 3, 3) of rotation vectors (..., 3)."""
+    """Rotation matrices (..., 3, 3) of rotation vectors (..., 3), by Rodrigues' formula."""
     x, y, z = vectors.unbind(-1)
     zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)
-    return torch.linalg.matrix_exp(cross.reshape(*vectors.shape, 3))
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*vectors.shape, 3)
+    turns = vectors.norm(dim=-1)[..., None, None] / math.pi  # torch's sinc has the pi inside
+    eye = torch.eye(3, dtype=vectors.dtype, device=vectors.device)
+    return eye + torch.sinc(turns) * cross + torch.sinc(turns / 2) ** 2 / 2 * cross @ cross
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Products (..., 3) of (..., 3, 3) and (..., 3); `matmul` is slow at millions so small."""
+    pairs = zip(matrices.unbind(-1), vectors.split(1, -1), strict=True)
+    return sum(column * factor for column, factor in pairs)
+
+
+def _spread(count: int) -> Tensor:
+    """(count, 2) points evenly over a pixel around its centre, in an order that goes nowhere.
+
+    Taken one by one while the shutter is open, points in the order of x would sharpen or blur
+    what moves. Source: Roberts, The unreasonable effectiveness of quasirandom sequences (R2).
+    """
+    points = torch.arange(count)[:, None] * torch.tensor([0.754878, 0.569840]) % 1
+    return points - points.mean(0)
 
 
 def _pick(values: Tensor, surface: Tensor) -> Tensor:

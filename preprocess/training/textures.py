@@ -25,12 +25,12 @@ class TextureBank:
     """
 
     def __init__(self, count: int, seed: int, device: torch.device | str = "cpu"):
-        pyramids = [_texture(index, seed).levels for index in range(count)]
+        # To 8 bits one by one: as floats, a whole bank takes four times the memory.
+        pyramids = [list(map(_eight_bit, _texture(index, seed).levels)) for index in range(count)]
         sides = [len(level) for level in pyramids[0]]
         rows = [level.reshape(-1, 3) for pyramid in pyramids for level in pyramid]
-        table = np.rint(np.concatenate(rows) * 255).astype(np.uint8)
         self.count = count
-        self._table = torch.from_numpy(table).to(device)
+        self._table = torch.from_numpy(np.concatenate(rows)).to(device)
         self._sides = torch.tensor(sides, device=device)
         self._starts = torch.tensor(np.cumsum([0, *np.square(sides)])[:-1], device=device)
         self._size = int(np.square(sides).sum())
@@ -67,11 +67,11 @@ def leaves(rng: np.random.Generator, count: int = 1200) -> Texture:
     vision networks by Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021.
     """
     image = rng.random(3) + 0.1 * textures.noise(rng, [(0, 0, 0), (1, 1, 1)]).levels[0]
-    image = np.ascontiguousarray(image, np.float32)
+    image = _eight_bit(image.clip(0, 1))  # OpenCV smooths outlines on 8 bits alone
     radii = np.sort(SIDE * 0.006 / (rng.random(count) + 2e-3) ** 0.6)[::-1].clip(max=SIDE / 4)
     tones = textures.noise(rng, _palette(rng), 1.5).levels[0].reshape(-1, 3)
     for radius in radii:
-        center, color = rng.uniform(0, SIDE, 2), tones[rng.integers(len(tones))]
+        center, color = rng.uniform(0, SIDE, 2), 255 * tones[rng.integers(len(tones))]
         corners = rng.integers(3, 7) if rng.random() < 0.4 else 24
         angle = np.sort(rng.uniform(0, 2 * np.pi, corners)) if corners < 24 else _CIRCLE
         stretch, turn = rng.uniform(0.3, 1), rng.uniform(0, 2 * np.pi)
@@ -84,7 +84,11 @@ def leaves(rng: np.random.Generator, count: int = 1200) -> Texture:
                 points = np.rint(moved * 16).astype(np.int32)
                 cv2.fillPoly(image, [points], color.tolist(), cv2.LINE_AA, shift=4)
     grain = textures.noise(rng, [(0.8,) * 3, (1.2,) * 3], 0.8).levels[0]
-    return Texture.of(image * np.maximum(grain, 0.8))
+    return Texture.of(image / 255 * np.maximum(grain, 0.8))
+
+
+def _eight_bit(image: np.ndarray) -> np.ndarray:
+    return np.rint(image * 255).astype(np.uint8)
 
 
 _CIRCLE = np.linspace(0, 2 * np.pi, 24, endpoint=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_every_provider_is_scored_on_every_set_by_group(measured):
     assert set(record) == {"commit", "command", "machine", "providers", "results"}
     assert list(record["results"]) == ["generated", "dev", "kitti"]
     for name, providers in record["results"].items():
-        assert [label.split()[0] for label in providers] == ["dis", "dis", "raft"]
+        given = [label for label in providers if label != "raft embedded"]
+        assert [label.split()[0] for label in given] == ["dis", "dis", "raft"]
         for scores in providers.values():
             groups = [group for group in scores if group not in ("sigma", "time")]
             lengths = [scores[g]["points"] for g in groups if g.endswith("px")]
@@ -85,7 +87,7 @@ def test_a_known_translation_is_scored_as_known(measured):
     kitti = record["results"]["kitti"]
     assert kitti["dis"]["all"]["points"] == count
     assert kitti["dis"]["visible"]["median"] < 0.1 and kitti["dis"]["visible"]["outliers_3px"] < 0.1
-    untrained = next(scores for label, scores in kitti.items() if label.startswith("raft"))
+    untrained = next(scores for label, scores in kitti.items() if label.endswith("/mine"))
     assert untrained["visible"]["mean"] > kitti["dis"]["visible"]["mean"]
 
 
@@ -94,3 +96,30 @@ def test_missing_data_is_one_sentence(tmp_path):
     result = run("--data", tmp_path, "--sets", "dev")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"flow: no clips in {tmp_path}/synthetic/dev" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--scenes", 0), "flow: --scenes must be at least 1"),
+        (("--device", "cuda"), "flow: no CUDA device is available"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_options_that_cannot_work_are_one_sentence(options, said):
+    result = run(*options)
+    assert result.returncode == 1 and result.stderr.startswith(said)
+
+
+def test_weights_of_the_same_name_get_labels_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    flow, paths = runpy.run_path(str(SCRIPT)), []
+    for name in ("a/run/w", "b/run/w", "b/run/v"):
+        paths.append(tmp_path / f"{name}.safetensors")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        save_file(FlowNetwork("small", heads=False).weights(), paths[-1])
+    options = flow["parse"](["--device", "cpu", "--weights", *map(str, paths)])
+    labels = [label for label in flow["find_providers"](options) if label.startswith("raft ")]
+    given = [label for label in labels if label != "raft embedded"]
+    assert given == [f"raft {paths[0]}", f"raft {paths[1]}", "raft run/v"]

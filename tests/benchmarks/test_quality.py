@@ -19,7 +19,9 @@ threads=1 flow.provider=dis flow.workers=1""".split()
 
 @pytest.fixture(scope="module")
 def quality():
-    return runpy.run_path(str(SCRIPT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield runpy.run_path(str(SCRIPT))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """What docs/reliability.md promises, against the real command, real signals and real disks."""
 
+import importlib
+import importlib.machinery
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from omni import lock
+from omni import doctor, lock
 from omni.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
 from omni.errors import DamagedError, OmniError
 from omni.files import write_atomic
@@ -528,6 +530,15 @@ def test_doctor_finds_a_second_opencv_and_a_damaged_run(small_store, tmp_path):
     assert "pip uninstall -y" in result.stdout
     assert "flow.npy is missing or damaged" in result.stdout
     assert "H.264 written and read back" in result.stdout
+
+
+def test_doctor_knows_weights_that_are_part_of_the_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    package = importlib.machinery.ModuleSpec("preprocess", None, origin=str(tmp_path / "__init__"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    assert "no RAFT weights" in doctor._weights().what
+    (tmp_path / "raft_small.safetensors").touch()
+    assert doctor._weights().what == "RAFT weights: raft_small.safetensors"
 
 
 def test_doctor_is_content_with_this_machine():

@@ -178,3 +178,55 @@ def test_auto_keeps_finished_flow_of_either_kind():
     assert not accepts(FlowConfig("auto", raft="small"), "raft-large-0123abcd")
     assert not accepts(FlowConfig("dis"), "raft-large-0123abcd")
     assert not accepts(FlowConfig("raft"), "dis-sharp")
+
+
+def test_finished_flow_of_a_weights_file_that_is_gone_is_kept_and_said(tmp_path, caplog):
+    for provider in ("raft", "auto"):
+        flow = FlowConfig(provider, weights=str(tmp_path / "gone.pth"), raft="small")
+        assert accepts(flow, "raft-small-0123abcd")
+        assert "gone.pth is gone: keeping finished raft-small-0123abcd" in caplog.text
+        caplog.clear()
+        assert not accepts(flow, "raft-large-0123abcd")
+        assert accepts(flow, "dis-sharp") == (provider == "auto")
+        assert not caplog.text
+
+
+def test_memory_that_runs_out_halves_the_batch_for_good(judging, monkeypatch, caplog):
+    frames = np.random.default_rng(3).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    pairs = [(frames[t], frames[t + 1], None) for t in range(5)]
+    provider = small_raft(judging)
+    expected = provider.estimate_batch(pairs)
+    forward, counts = provider._network.forward, []
+
+    def small(features, *rest):
+        counts.append(len(features))
+        if len(features) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(features, *rest)
+
+    monkeypatch.setattr(provider._network, "forward", small)
+    for _ in range(2):
+        for motion, same in zip(provider.estimate_batch(pairs), expected, strict=True):
+            np.testing.assert_allclose(motion.flow, same.flow, atol=2e-3)
+    assert counts == [5, 2, 2, 1, 2, 2, 1]
+    assert caplog.text.count("out of memory: going on with RAFT batches of 2 pairs") == 1
+
+
+def test_one_pair_that_fits_nowhere_ends_after_giving_up_the_cached_frames(weights, monkeypatch):
+    provider, tries = small_raft(weights), []
+    frames = np.random.default_rng(3).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    provider.estimate(*frames[:2])
+
+    def never(*_):
+        tries.append(len(provider._encoded))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(provider._network, "forward", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        provider.estimate(*frames[2:])
+    assert tries == [4, 2]
+
+
+@pytest.mark.parametrize(("size", "room"), [((64, 64), 8), ((480, 854), 6), ((1080, 1920), 1)])
+def test_correlation_bounds_how_many_pairs_are_computed_at_once(weights, size, room):
+    assert small_raft(weights)._room(size) == room

@@ -13,11 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.models.optical_flow import raft_small
 
+from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.errors import OmniError
 from preprocess.network import Prediction
 from preprocess.raft import RaftFlow, Weights
+from preprocess.training import raft_trainer
 from preprocess.training.pairs import FlowPairs, PairSource
-from preprocess.training.raft_trainer import RaftTrainer, Recipe, flow_loss, head_losses
+from preprocess.training.raft_trainer import (
+    RaftTrainer,
+    Recipe,
+    _one_cycle,
+    _plain,
+    flow_loss,
+    head_losses,
+)
 
 REPO = Path(__file__).resolve().parents[3]
 TINY = Recipe(
@@ -121,8 +130,8 @@ def test_a_moving_scene_seen_again_and_again_is_matched(tmp_path):
 def finished(tmp_path_factory):
     """A whole run, and what it reported."""
     folder, scalars = tmp_path_factory.mktemp("raft"), []
-    trainer = RaftTrainer(TINY, folder, on_scalars=lambda step, v: scalars.append((step, v)))
-    trainer.run(validate_every=4)
+    trainer = RaftTrainer(TINY, folder)
+    trainer.run(lambda step, values: scalars.append((step, values)), validate_every=4)
     return folder, trainer, scalars
 
 
@@ -146,6 +155,7 @@ def test_validation_reports_every_set_before_and_after(finished):
     _, trainer, scalars = finished
     validated = {step: values for step, values in scalars if "epe/gap1" in values}
     assert sorted(validated) == [0, 4]
+    assert "seconds_per_step" not in validated[0] and validated[4].pop("seconds_per_step") > 0
     for values in validated.values():
         assert len(values) == 12 and all(np.isfinite(v) and v >= 0 for v in values.values())
         assert values["occlusion_accuracy/gap1"] <= 1 and values["within_1_sigma/gap1"] <= 1
@@ -176,13 +186,90 @@ def test_weights_load_as_a_plain_torchvision_model_and_in_the_provider(finished)
 @pytest.mark.slow
 def test_another_recipe_in_the_same_folder_is_refused(finished):
     with pytest.raises(OmniError, match="another recipe"):
-        RaftTrainer(replace(TINY, rate=1e-3), finished[0]).run()
+        RaftTrainer(replace(TINY, rate=1e-3), finished[0])
 
 
-@pytest.mark.parametrize("size", [(120, 128), (128, 130)])
-def test_images_too_small_or_odd_are_refused(size, tmp_path):
-    with pytest.raises(OmniError, match="multiples of 8"):
-        RaftTrainer(replace(TINY, size=size), tmp_path)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"size": (120, 128)}, "multiples of 8"),
+        ({"size": (128, 130)}, "multiples of 8"),
+        ({"steps": 0}, "steps = 0 is too small"),
+        ({"surfaces": 3}, "at least 4"),
+        ({"seed": 2**31 - 1}, "validation and benchmark"),
+        ({"rate": float("nan")}, "rate = nan"),
+        ({"variant": "huge"}, "one of small, large"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused(wrong, said):
+    with pytest.raises(OmniError, match=said):
+        replace(TINY, **wrong)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for state, said in (
+        ({"step": 3}, "something else's checkpoint"),
+        ({"recipe": _plain(TINY), "step": 3, "network": {}}, "does not fit itself: delete it"),
+    ):
+        save_checkpoint(path, state)
+        with pytest.raises(OmniError, match=said):
+            RaftTrainer(TINY, tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OmniError, match="checkpoint.pt is damaged: delete it to start anew"):
+        RaftTrainer(TINY, tmp_path)
+
+
+def test_a_batch_without_a_finite_gradient_is_left_out_and_said(tmp_path, caplog):
+    trainer = RaftTrainer(TINY, tmp_path)
+    broken = trainer.source.batch(0, 1)
+    broken.flow[0, 0, 5, 5] = np.nan
+    trainer.source.batch = lambda index, count: broken
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    trainer.train_step()
+    assert "step 0: gradient not finite, batch left out" in caplog.text and trainer.step == 1
+    for name, value in trainer.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_heads_do_not_shorten_the_steps_of_the_flow(tmp_path, monkeypatch):
+    """However large their loss, the flow's gradient is clipped as if there were none."""
+    gradients = []
+    for factor in (1, 1e6):
+        trainer = RaftTrainer(TINY, tmp_path)
+        loud = [factor * torch.ones(())] * 2
+        monkeypatch.setattr(
+            raft_trainer,
+            "head_losses",
+            lambda *given, loud=loud: [
+                a * b for a, b in zip(head_losses(*given), loud, strict=True)
+            ],
+        )
+        trainer.train_step()
+        parts = trainer.network.raft, trainer.network.heads
+        gradients.append([torch.cat([p.grad.ravel() for p in m.parameters()]) for m in parts])
+    (flow, _), (again, heads) = gradients
+    assert torch.equal(flow, again)
+    assert flow.norm() <= 1.001 and heads.norm().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_the_rate_rises_for_a_twentieth_of_the_run_and_falls_to_nothing():
+    rates = np.array([_one_cycle(step / 1000) for step in range(1001)])
+    assert rates[0] == pytest.approx(0.01) and rates[1000] == 0
+    assert 48 <= rates.argmax() <= 50 and rates.max() == 1
+    assert (np.diff(rates[:49]) > 0).all() and (np.diff(rates[50:]) < 0).all()
+
+
+@pytest.mark.slow
+def test_the_large_network_keeps_its_batch_statistics_in_the_second_half(tmp_path):
+    trainer = RaftTrainer(replace(TINY, variant="large", updates=1, steps=4), tmp_path)
+    norm = next(m for m in trainer.network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    changed = []
+    for step in (0, 3):
+        before, trainer.step = norm.running_mean.clone(), step
+        trainer.train_step()
+        changed.append(not torch.equal(norm.running_mean, before))
+    assert changed == [True, False]
 
 
 @pytest.mark.slow
@@ -212,3 +299,39 @@ def test_the_script_stops_on_a_signal_and_the_same_command_continues(tmp_path):
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
     assert any((tmp_path / "a" / "tensorboard").iterdir())
+    log = tmp_path / "c"
+    log.write_text("a file")
+    refused = start(log)
+    assert "cannot write TensorBoard files" in refused.communicate()[1] and refused.returncode == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_does_what_a_cpu_does(tmp_path):
+    """The minute of checking before hours of training: pairs, training, resume, provider."""
+    size, look = (128, 160), {"surfaces": 7, "samples": 2}
+    cpu, cuda = (PairSource(size, 6, 5, device, **look).batch(3, 8) for device in ("cpu", "cuda"))
+    both = cpu.valid & cuda.valid.cpu()
+    difference = (cpu.flow - cuda.flow.cpu()).norm(dim=1)[both]
+    assert both.float().mean() > 0.99 and difference.median() < 1e-3
+    assert (cpu.visible == cuda.visible.cpu()).float().mean() > 0.999
+
+    recipe = replace(TINY, steps=6, batch=4, updates=4)
+    trainer = RaftTrainer(recipe, tmp_path, "cuda")
+    before = next(trainer.network.raft.parameters()).clone()
+    losses = [trainer.train_step() for _ in range(3)]
+    assert all(np.isfinite(float(value)) for step in losses for value in step.values())
+    assert not torch.equal(next(trainer.network.raft.parameters()), before)
+    trainer.save()
+    resumed = RaftTrainer(recipe, tmp_path, "cuda")
+    assert resumed.step == 3
+    counters = [state["step"] for state in resumed.optimizer.state.values()]
+    assert counters and all(count.device.type == "cpu" and count == 3 for count in counters)
+    resumed.run()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
+
+    weights = Weights(tmp_path / "weights.safetensors", "small", "given")
+    images = [image[0].movedim(0, -1).contiguous().numpy() for image in (cpu.first, cpu.second)]
+    exact, half = (RaftFlow(weights, device).estimate(*images) for device in ("cpu", "cuda"))
+    error, length = (np.linalg.norm(part, axis=-1).mean() for part in (half - exact, exact))
+    assert error < 0.05 * length

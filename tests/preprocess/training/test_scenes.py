@@ -171,3 +171,40 @@ def test_scenes_differ_in_what_makes_flow_hard(bank):
     contrast = scenes.paint[:, :, 0].abs().amax((-1, -2))
     assert (contrast < 0.06).any() and (contrast > 0.8).any()
     assert (scenes.wave_amplitude.abs() > 0.01).any() and scenes.shadow[:, 2].any()
+
+
+def test_a_plane_seen_edge_on_is_seen_nowhere(bank):
+    """Its matrix has no inverse, and nothing of that reaches flow or pictures."""
+    scenes = draw(bank, range(2))
+    basis, origin, outline = (getattr(scenes, n).clone() for n in ("basis", "origin", "outline"))
+    basis[:, 0] = torch.tensor([[1.0, 0], [0, 0], [0, 1]])
+    origin[:, 0] = torch.tensor([0.0, 0, 4])
+    edge_on = replace(scenes, basis=basis, origin=origin)
+    outline[:, 0, 0] = -1e3
+    without = replace(edge_on, outline=outline)
+    times = torch.zeros(2), torch.full((2,), 4.0)
+    assert (torch.linalg.det(edge_on.matrices(times[0]))[:, 0] == 0).all()
+    hits = edge_on.cast(edge_on.centers, times[0])
+    assert (hits.surface != 0).all() and hits.footprint.isfinite().all()
+    for found, expected in zip(edge_on.flow(*times), without.flow(*times), strict=True):
+        same = (found == expected).flatten(1).float().mean(1)
+        assert found.isfinite().all() and (same > 0.9).all()  # it turns, and shows later
+    torch.testing.assert_close(*(s.render(times[0], bank, 1) for s in (edge_on, without)))
+    nowhere = replace(edge_on, outline=torch.full_like(outline, -1e3))
+    flow, visible, valid = nowhere.flow(*times)
+    assert flow.isfinite().all() and not visible.any() and not valid.any()
+    assert nowhere.render(times[0], bank, 1).isfinite().all()
+
+
+def test_blur_does_not_know_the_direction_of_motion(bank):
+    """A shutter run backwards gathers the same light, and sub-pixel samples as sharp a picture."""
+    scenes, still = draw(bank, range(8), longest=1.0), torch.zeros(8, 7, 3)
+    slide = torch.tensor([1.0, 0, 0]) * scenes.origin[..., 2:] / scenes.focal[:, None, None]
+    scenes = replace(scenes, velocity=slide, turn=still, camera_velocity=still[:, 0])
+    scenes = replace(scenes, camera_turn=still[:, 0], stretch=torch.zeros(8, 7, 2, 2))
+
+    def sharpness(shutter):
+        blurred = replace(scenes, shutter=torch.full((8,), shutter))
+        return blurred.render(torch.zeros(8), bank, 6).diff(dim=-1).abs().mean().item()
+
+    assert sharpness(0.9) == pytest.approx(sharpness(-0.9), rel=0.03)

@@ -1,6 +1,7 @@
 import numpy as np
 import torch
 
+from omni import textures
 from preprocess.training.textures import TextureBank, leaves
 
 
@@ -42,3 +43,12 @@ def test_leaves_have_the_edges_of_occluding_things():
     slope = np.diff(image, axis=1)
     kurtosis = ((slope - slope.mean()) ** 4).mean() / slope.var() ** 2
     assert kurtosis > 6
+
+
+def test_outlines_of_leaves_are_smooth(monkeypatch):
+    """White leaves on a plain ground without grain: only their borders have other tones."""
+    white = textures.Texture.of(np.ones((512, 512, 3)))
+    monkeypatch.setattr(textures, "noise", lambda *_: white)
+    image = leaves(np.random.default_rng(0), 40).levels[0][..., 0]
+    values, counts = np.unique(image, return_counts=True)
+    assert len(values) > 20 and np.sort(counts)[-2:].sum() > 0.9 * image.size
