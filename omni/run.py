@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omni.checkpoint import load_checkpoint, load_field
+from omni.checkpoint import is_count, load_checkpoint, load_field
 from omni.config import Config, load_config, to_yaml
 from omni.coords import grid_queries, rescale
 from omni.dense import write_dense
@@ -418,9 +418,11 @@ def _progress(checkpoint: Path, key: str) -> tuple[int, bool]:
         return 0, False
     try:
         state = load_checkpoint(checkpoint)
-        return (state["step"], state["finished"]) if state["key"] == key else (0, False)
-    except (DamagedError, KeyError):
+    except DamagedError:
         return 0, False
+    step, finished = state.get("step"), state.get("finished")
+    known = state.get("key") == key and is_count(step) and type(finished) is bool
+    return (step, finished) if known else (0, False)
 
 
 def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:

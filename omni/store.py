@@ -32,6 +32,7 @@ import numpy as np
 
 from omni.errors import DamagedError, OmniError
 from omni.files import crc32_of, read_json, sync_folder, unwritable, write_atomic
+from omni.lock import require_lock
 
 __all__ = [
     "FLOW_SCALE",
@@ -342,6 +343,7 @@ class Store:
         except BaseException:
             stage.flush()
             raise
+        require_lock(self.run)
         self._record(name, key, stage.close(), stage.meta)
         stage.forget()
 
@@ -370,6 +372,7 @@ class Store:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
+        require_lock(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
         self.manifest["crc32"] = _manifest_crc32(self.manifest)
         data = json.dumps(self.manifest, indent=1)

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,11 +24,12 @@ from omni.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
 from omni.errors import DamagedError, OmniError
 from omni.files import write_atomic
 from omni.images import list_images, read_image
-from omni.lock import locked
+from omni.lock import locked, require_lock
 from omni.run import default_run
 from omni.store import Store
 from omni.tracks import Tracks, read_arrays
 from omni.trainer import Trainer
+from omni.truth import load_truth
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -228,6 +231,109 @@ def test_a_second_thread_is_refused_but_a_block_inside_a_block_goes_on(tmp_path)
         assert (tmp_path / "lock").exists()
         with ThreadPoolExecutor(1) as pool, pytest.raises(OmniError, match="in use"):
             pool.submit(enter).result()
+
+
+def test_an_owner_keeps_its_lock_when_the_machine_is_renamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with locked(tmp_path):
+        monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+        os.utime(tmp_path / "lock", (0, 0))
+        time.sleep(0.2)
+        assert (tmp_path / "lock").stat().st_mtime > 1e6, "the heartbeat goes on"
+        require_lock(tmp_path)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_an_owner_whose_lock_vanished_stops_and_does_not_make_it_anew(tmp_path, monkeypatch):
+    """Taken over, and released again: the other one's files are there."""
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        (tmp_path / "lock").unlink()
+        with pytest.raises(OmniError, match="was taken over"):
+            require_lock(tmp_path)
+        for _ in range(200):
+            time.sleep(0.02)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lost_lock_keeps_checkpoint_and_manifest_as_the_new_owner_wrote_them(
+    small_store, small_config, tmp_path
+):
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    trainer = Trainer(Store.open(run), small_config, run / "checkpoint.pt", CPU)
+    trainer._good = trainer.state()
+    with locked(run):
+        trainer.save()
+        trainer.step = 7
+        before = {name: (run / name).read_bytes() for name in ("checkpoint.pt", "manifest.json")}
+        write_lock(run, pid=os.getppid(), started=lock._start_time(os.getppid()))
+        with pytest.raises(OmniError, match=f"taken over by process {os.getppid()}"):
+            trainer.save()
+        with pytest.raises(OmniError, match="nothing was written"):
+            trainer.store.note(video={})
+        assert before == {name: (run / name).read_bytes() for name in before}
+    assert (run / "lock").exists(), "it is the other one's"
+
+
+def test_two_threads_that_find_one_stale_lock_do_not_both_take_it(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(lock, "SETTLE", 0.05)
+    for _ in range(3):
+        write_lock(tmp_path, pid=1)
+        inside = []
+
+        def enter(inside=inside):
+            with locked(tmp_path):
+                inside.append(1)
+                time.sleep(0.5)
+
+        with ThreadPoolExecutor(2) as pool:
+            errors = [task.exception() for task in [pool.submit(enter), pool.submit(enter)]]
+        assert len(inside) == 1 and sum(isinstance(error, OmniError) for error in errors) == 1
+
+
+def test_a_lock_is_released_when_the_heartbeat_cannot_start(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="new thread"):
+        broken.setattr(threading.Thread, "start", fail)
+        with locked(tmp_path):
+            pass
+    assert not (tmp_path / "lock").exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_only_temporary_files_of_ours_whose_process_is_gone_are_swept(tmp_path):
+    (tmp_path / "store").mkdir()
+    gone = [".a.npz.4194304.tmp", ".overlay.mp4.4194304.tmp.mp4", "store/.a.json.4194304.tmp"]
+    kept = [f".a.{os.getpid()}.tmp", ".notes.tmp", ".tmp", "a.4194304.tmp", ".a.4194304.tmp.txt"]
+    for name in gone + kept:
+        (tmp_path / name).touch()
+    with locked(tmp_path):
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*kept, "lock"}
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(small_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "lock")
+    with locked(tmp_path):
+        pass
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    (run / "store" / "flow.npy").unlink()
+    os.mkfifo(run / "store" / "flow.npy")
+    with pytest.raises(DamagedError, match=r"flow\.npy is missing or damaged"):
+        Store.open(run)
+    (run / "manifest.json").unlink()
+    os.mkfifo(run / "manifest.json")
+    with pytest.raises(DamagedError, match="manifest.json is damaged"):
+        Store(run)
+    os.mkfifo(tmp_path / "clip.pkl")
+    with pytest.raises(OmniError, match=r"clip\.pkl"):
+        load_truth(tmp_path / "clip.pkl")
 
 
 # Disks
@@ -463,6 +569,7 @@ from omni.config import Config, load_config
 from omni.readout import Reader
 from omni.store import Store
 from omni.trainer import Trainer
+from omni.truth import load_truth
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 torch.set_num_threads(1)
 store = Store.open(sys.argv[1])
