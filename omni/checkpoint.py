@@ -89,7 +89,7 @@ def load_field(path: Path, num_frames: int, device: torch.device) -> tuple[Field
         held = sum({part.data_ptr(): part.nbytes() for part in storages}.values())
         if not is_count(step):
             raise damaged
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         raise damaged from None
     if frames != num_frames:
         raise OmniError(

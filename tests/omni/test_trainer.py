@@ -151,6 +151,7 @@ MUTATIONS = {
     "state of no parameter": ("optimizer", "state", lambda x: x | {999: x[0]}),
     "state by name": ("optimizer", "state", lambda x: x | {"0": x[0]}),
     "a parameter of another shape": ("field", "motion.matrices", torch.ones(2)),
+    "a tensor in the sampler's place": ("sampler", torch.ones(1)),
     "residuals of another shape": ("sampler", "residual", torch.ones(1)),
     "residuals of another type": ("sampler", "residual", lambda x: x.double()),
     "residuals that are not finite": ("sampler", "residual", lambda x: x * float("nan")),
