@@ -188,9 +188,10 @@ def export(
         times: times in frames to answer at; default every frame.
     """
     run, path = Path(run), Path(path)
-    _prepare_file(path)
+    _refuse_folder(path)
     opened = load(run)
     frame = opened.config.output.frame if frame is None else frame
+    _make_folder(path.parent)
     with timed(run, "export"):
         if dense:
             write_dense(opened.reader, path, frame, grid or 1, times)
@@ -251,7 +252,7 @@ def track_baseline(
     """Write what following a run's flows alone gives (see `omni.baselines`)."""
     from omni.baselines import baseline
 
-    _prepare_file(Path(path))
+    _refuse_folder(Path(path))
     store = Store.open(run)
     output = load_config(choose_config(run, None)).output
     if queries is None:
@@ -395,11 +396,10 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _prepare_file(path: Path) -> None:
+def _refuse_folder(path: Path) -> None:
     """Find out that a result cannot be written before it is computed."""
     if path.is_dir():
         raise OmniError(f"{path} is a folder: name a file in it with -o")
-    _make_folder(path.parent)
 
 
 def _resized(tracks: Tracks, size: tuple[int, int]) -> Tracks:
