@@ -14,7 +14,14 @@ from omni.files import check_archive, write_atomic
 from omni.memory import out_of_memory
 from omni.model import Field
 
-__all__ = ["FORMAT_VERSION", "load_checkpoint", "load_field", "save_checkpoint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "is_count",
+    "load_checkpoint",
+    "load_field",
+    "restore_optimizer",
+    "save_checkpoint",
+]
 
 FORMAT_VERSION = 1
 
@@ -72,13 +79,17 @@ def load_field(path: Path, num_frames: int, device: torch.device) -> tuple[Field
         OmniError: as `load_checkpoint`; or of a video with another number of frames, or its parts
             do not fit each other.
     """
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path)  # on the CPU: the optimizer's part is of no use elsewhere
     damaged = DamagedError(f"{path} does not fit itself: delete it and run `omni fit` again")
     try:
         config = load_config(apply(Config(), state["config"], str(path)))
-        frames, step, weights = state["num_frames"], int(state["step"]), state["field"]
-        held = sum(value.numel() for value in weights.values())
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        frames, step, weights = state["num_frames"], state["step"], state["field"]
+        # What is there, not what is declared: an expanded tensor declares as much as it likes.
+        storages = [value.untyped_storage() for value in weights.values()]
+        held = sum({part.data_ptr(): part.nbytes() for part in storages}.values())
+        if not is_count(step):
+            raise damaged
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
         raise damaged from None
     if frames != num_frames:
         raise OmniError(
@@ -87,7 +98,7 @@ def load_field(path: Path, num_frames: int, device: torch.device) -> tuple[Field
         )
     # Settings are text, a field can be as large as they say: first without any memory.
     with torch.device("meta"):
-        asked = sum(p.numel() for p in Field(frames, config.model, config.render).parameters())
+        asked = sum(p.nbytes for p in Field(frames, config.model, config.render).parameters())
     if asked > 2 * held:
         raise damaged
     try:
@@ -98,6 +109,34 @@ def load_field(path: Path, num_frames: int, device: torch.device) -> tuple[Field
             raise
         raise damaged from None
     return field.to(device).eval(), config, step
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an untrusted Adam's state into one of the same parameters, which keeps its settings.
+
+    torch checks no shapes, and its fused step writes wherever a parameter's own shape leads.
+
+    Raises:
+        ValueError: the state of a parameter is not of its shape, or of one that does not exist.
+    """
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entry in saved["state"].items():
+        if not is_count(index) or index >= len(parameters):
+            raise ValueError("state of a parameter that does not exist")
+        moments = entry["exp_avg"], entry["exp_avg_sq"]
+        for moment in moments:
+            same = moment.shape == parameters[index].shape and moment.is_contiguous()
+            if not same or moment.dtype != parameters[index].dtype:
+                raise ValueError("state that does not fit its parameter")
+        if len(entry) != 3 or entry["step"].numel() != 1:
+            raise ValueError("state that is not Adam's")
+    optimizer.load_state_dict({**own, "state": saved["state"]})
+
+
+def is_count(value: Any) -> bool:
+    """Whether an untrusted value can be a number of steps or the like."""
+    return type(value) is int and 0 <= value < 1 << 40
 
 
 def _check(path: Path) -> None:

@@ -10,8 +10,12 @@ import av
 import numpy as np
 
 from omni.errors import OmniError
+from omni.memory import available_memory, require_memory
 
 __all__ = ["decode_rgb", "probe"]
+
+_PIXEL_BYTES = 12
+"""Memory per pixel of a frame while it is decoded and converted."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,8 +75,14 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
         # FFmpeg draws plain text as a terminal screen; nobody means that.
         if not container.streams.video or container.format.name == "tty":
             raise OmniError(f"{path} holds no video: give another file")
-        if container.streams.video[0].codec_context is None:
+        codec = container.streams.video[0].codec_context
+        if codec is None:
             raise OmniError(f"{path} is coded in a way that FFmpeg does not know: convert it")
+        pixels = codec.width * codec.height
+        require_memory(_PIXEL_BYTES * pixels, f"a frame of {path}", "use a smaller video")
+        # Frames may grow on the way.
+        most = min(available_memory() // _PIXEL_BYTES, (1 << 31) - 1)
+        codec.options = {"max_pixels": str(most)}
         container.streams.video[0].thread_type = "AUTO"
         yield container
 

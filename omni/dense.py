@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,7 @@ def write_dense(
     shape = (*points.shape[:2], count)
     folder = path.with_name(f".{path.name}.partial")
     try:
-        with locked(folder):
+        with locked(folder), _cleaned(folder):
             _require_space(path, math.prod(shape))
             _write_bands(reader, points, shape, times, folder)
             facts = {"query_points": points, "size": np.asarray((height, width))}
@@ -62,7 +64,23 @@ def write_dense(
     except OSError as error:
         raise unwritable(path, error) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # where it is another export's, it is not empty
+            folder.rmdir()
+
+
+@contextmanager
+def _cleaned(folder: Path) -> Iterator[None]:
+    """Remove our files in `folder`, before (a killed export's) and after."""
+    try:
+        _remove_files(folder)
+        yield
+    finally:
+        _remove_files(folder)
+
+
+def _remove_files(folder: Path) -> None:
+    for name in (*(f"{name}.npy" for name in _LAYOUT), "dense.npz"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _require_space(path: Path, entries: int) -> None:

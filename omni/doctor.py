@@ -54,12 +54,16 @@ def examine(run: Path | None = None) -> Iterator[Finding]:
     """Findings on versions, GPU, tiny-cuda-nn, codecs, memory, disk, OpenCV and one run folder."""
     yield _versions()
     yield _opencv()
-    yield from _gpu()
+    usable = _torch()
+    if usable is None:
+        yield from _gpu()
+        yield _weights()
+    else:
+        yield usable
     yield _codecs()
-    yield _weights()
     yield _memory()
     yield _disk(Path.cwd() if run is None else run)
-    if run is not None:
+    if run is not None and usable is None:
         yield from _run_folder(run)
 
 
@@ -97,6 +101,16 @@ def _opencv() -> Finding:
     except (ImportError, AttributeError) as error:
         return Finding("problem", f"OpenCV does not work ({error})", repair)
     return Finding("ok", f"OpenCV {cv2.__version__} with DIS and variational refinement")
+
+
+def _torch() -> Finding | None:
+    """What keeps torch from being imported; None where nothing does."""
+    try:
+        import torch  # noqa: F401 - a broken one fails in many ways
+    except Exception as error:
+        what = f"torch does not import ({' '.join(str(error).split())[:200]})"
+        return Finding("problem", what, "pip install --force-reinstall torch torchvision")
+    return None
 
 
 def _gpu() -> Iterator[Finding]:
@@ -190,10 +204,12 @@ def _run_folder(run: Path) -> Iterator[Finding]:
     from omni.checkpoint import load_checkpoint
     from omni.store import Store
 
-    for what, look in (
-        ("store", lambda: Store.open(run)),
-        ("checkpoint", lambda: load_checkpoint(run / "checkpoint.pt")),
-    ):
+    looks = {"store": lambda: Store.open(run)}
+    if (run / "checkpoint.pt").exists():
+        looks["checkpoint"] = lambda: load_checkpoint(run / "checkpoint.pt")
+    else:
+        yield Finding("note", f"{run} is not fitted yet", "omni optimize or omni fit does that")
+    for what, look in looks.items():
         try:
             look()
             yield Finding("ok", f"{what} of {run} is complete, every checksum matches")

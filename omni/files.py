@@ -27,7 +27,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # whatever it is: nothing is written through a link
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -60,9 +61,9 @@ def unwritable(path: Path, error: OSError) -> OmniError:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where it is missing or damaged."""
+    """What a JSON file holds; None where it is missing, damaged, or no regular file (a pipe)."""
     try:
-        if path.stat().st_size > _LONGEST_JSON:
+        if not path.is_file() or path.stat().st_size > _LONGEST_JSON:
             return None
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError):

@@ -1,28 +1,58 @@
 """How much memory there is, asked before it is taken, and what it looks like when it runs out."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from omni.errors import OmniError
 
 __all__ = ["available_memory", "out_of_memory", "require_memory"]
 
+_SAYS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+    "Insufficient memory",
+)
+"""What torch on a CPU, CUDA, cuBLAS or cuDNN, and OpenCV say when memory runs out."""
+
 
 def available_memory() -> int:
-    """Bytes that can still be taken: what the machine has free, or less in a container."""
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    """Bytes that can still be taken: what the machine has free, or less in a container.
+
+    What the system only caches of files counts as free, since it gives that back.
+    """
+    return min([_free_of_machine(), *_free_of_groups()])
+
+
+def _free_of_machine() -> int:
     for line in _text("/proc/meminfo").splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
-            free = [int(value.split()[0]) * 1024]
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        limit, used = _text(f"{folder}/{limit}"), _text(f"{folder}/{used}")
-        if limit.isdecimal() and used.isdecimal():
-            free.append(max(0, int(limit) - int(used)))
-    return min(free)
+            return int(value.split()[0]) * 1024
+    # Where the system does not say (macOS): all there is.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _free_of_groups() -> Iterator[int]:
+    """What the limits of this process's control groups, and of those around them, leave."""
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            top, limit, used, prefix = "/sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, prefix = "/sys/fs/cgroup/memory", "total_"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        innermost = Path(top + path)
+        for folder in (innermost, *innermost.parents):
+            most, taken = _text(folder / limit), _text(folder / used)
+            if most.isdecimal() and taken.isdecimal():
+                rows = map(str.split, _text(folder / "memory.stat").splitlines())
+                cached = (f"{prefix}inactive_file", f"{prefix}active_file")
+                freed = sum(int(row[1]) for row in rows if row[0] in cached)
+                yield max(0, int(most) - max(0, int(taken) - freed))
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
@@ -40,15 +70,16 @@ def require_memory(needed: int, what: str, advice: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether numpy, torch on a GPU, or torch on a CPU failed for lack of memory."""
+    """Whether numpy, OpenCV, or torch on a GPU or a CPU failed for lack of memory."""
+    library = isinstance(error, RuntimeError) or type(error).__module__ == "cv2"
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (library and any(text in str(error) for text in _SAYS))
     )
 
 
-def _text(path: str) -> str:
+def _text(path: Path | str) -> str:
     try:
         return Path(path).read_text().strip()
     except OSError:

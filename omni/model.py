@@ -68,10 +68,14 @@ class SurfaceMap(nn.Module):
         offset = row * cells + column
         flat = self.depth.flatten()
 
+        def gather(index: Tensor) -> Tensor:
+            # Not `flat[index]`: with several threads its gradient is summed in any order.
+            return flat.index_select(0, index.flatten()).view_as(index)
+
         def bilinear(frame: Tensor) -> Tensor:
             index = frame[:, None] * cells * cells + offset
-            top = flat[index] * (1 - fx) + flat[index + 1] * fx
-            bottom = flat[index + cells] * (1 - fx) + flat[index + cells + 1] * fx
+            top = gather(index) * (1 - fx) + gather(index + 1) * fx
+            bottom = gather(index + cells) * (1 - fx) + gather(index + cells + 1) * fx
             return top * (1 - fy) + bottom * fy
 
         depth = bilinear(first)

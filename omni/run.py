@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omni.checkpoint import load_checkpoint, load_field
+from omni.checkpoint import is_count, load_checkpoint, load_field
 from omni.config import Config, load_config, to_yaml
 from omni.coords import grid_queries, rescale
 from omni.dense import write_dense
@@ -188,6 +188,7 @@ def export(
         times: times in frames to answer at; default every frame.
     """
     run, path = Path(run), Path(path)
+    _refuse_folder(path)
     opened = load(run)
     frame = opened.config.output.frame if frame is None else frame
     _make_folder(path.parent)
@@ -251,6 +252,7 @@ def track_baseline(
     """Write what following a run's flows alone gives (see `omni.baselines`)."""
     from omni.baselines import baseline
 
+    _refuse_folder(Path(path))
     store = Store.open(run)
     output = load_config(choose_config(run, None)).output
     if queries is None:
@@ -394,6 +396,12 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
+def _refuse_folder(path: Path) -> None:
+    """Find out that a result cannot be written before it is computed."""
+    if path.is_dir():
+        raise OmniError(f"{path} is a folder: name a file in it with -o")
+
+
 def _resized(tracks: Tracks, size: tuple[int, int]) -> Tracks:
     """The same tracks in pixels of a frame of another `size` (H, W)."""
     points = tracks.query_points.copy()
@@ -418,9 +426,11 @@ def _progress(checkpoint: Path, key: str) -> tuple[int, bool]:
         return 0, False
     try:
         state = load_checkpoint(checkpoint)
-        return (state["step"], state["finished"]) if state["key"] == key else (0, False)
-    except (DamagedError, KeyError):
+    except DamagedError:
         return 0, False
+    step, finished = state.get("step"), state.get("finished")
+    known = state.get("key") == key and is_count(step) and type(finished) is bool
+    return (step, finished) if known else (0, False)
 
 
 def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:

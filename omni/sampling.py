@@ -24,6 +24,9 @@ TILE = 16
 BLOCK = 8
 """Held-out correspondences are whole blocks of this side: single pixels have trained neighbours."""
 
+WORST = 20.0
+"""Residuals in sigma beyond this count as this."""
+
 CANDIDATES = 3
 """Candidates drawn per kept point, so that most kept ones are reliable."""
 
@@ -188,7 +191,7 @@ class CorrespondenceSampler:
         frame = batch.source.cpu()[:, None].expand_as(row)
         index = (frame * self.residual.shape[1] + row) * self.residual.shape[2] + column
         weight = batch.visible.cpu().flatten()
-        value = residual.detach().cpu().clamp(max=20).flatten()
+        value = residual.detach().cpu().clamp(max=WORST).flatten()
         flat, index = self.residual.view(-1), index.flatten()
         size = len(flat)
         count = torch.zeros(size).index_add_(0, index, weight)
@@ -200,8 +203,19 @@ class CorrespondenceSampler:
         return {"residual": self.residual, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue as `state_dict` was taken."""
-        self.residual = state["residual"].clone()
+        """Continue as `state_dict` was taken.
+
+        Raises:
+            ValueError, RuntimeError: no such state.
+        """
+        residual = state["residual"]
+        if residual.shape != self.residual.shape or residual.dtype != self.residual.dtype:
+            raise ValueError("residuals of another video")
+        # Comparing refuses NaN too; a frame of zeros alone could not be drawn from.
+        inside = (residual >= 0) & (residual <= WORST)
+        if not (inside.all() and (residual.flatten(1).sum(1) > 0).all()):
+            raise ValueError("residuals out of range")
+        self.residual = residual.clone(memory_format=torch.contiguous_format)
         self.generator.set_state(state["generator"])
 
     def _pair_weights(self, gap_limit: int) -> Tensor:

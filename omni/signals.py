@@ -9,8 +9,9 @@ __all__ = ["Interrupted", "raise_interrupted", "stop_signals"]
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-"""Slurm pre-empts with SIGTERM, or with what `--signal` asks for, commonly SIGUSR1."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+"""Slurm pre-empts with SIGTERM, or with what `--signal` asks for, commonly SIGUSR1; others announce
+the end of the time with SIGUSR2 (Grid Engine) or SIGXCPU."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +40,7 @@ def stop_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
     previous = {}
     try:
         for name in _NAMES:
-            number = getattr(signal, name, None)  # Windows lacks two of them
+            number = getattr(signal, name, None)  # Windows lacks most of them
             nohup = name == "SIGHUP" and number and signal.getsignal(number) is signal.SIG_IGN
             if number is not None and not nohup:
                 previous[number] = signal.signal(number, handler)

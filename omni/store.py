@@ -21,6 +21,8 @@ import logging
 import math
 import mmap
 import os
+import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +34,7 @@ import numpy as np
 
 from omni.errors import DamagedError, OmniError
 from omni.files import crc32_of, read_json, sync_folder, unwritable, write_atomic
+from omni.lock import require_lock
 
 __all__ = [
     "FLOW_SCALE",
@@ -54,6 +57,9 @@ FLOW_SCALE = 32
 
 UNKNOWN = 255
 """Mask label of pixels about which the user said nothing."""
+
+_MOST_PIXELS = 1 << 27
+"""Of a frame of the video: a grid over more would not fit in memory."""
 
 _LEVELS = 12.0
 _ERROR_BITS, _OCCLUDED_BIT, _VALID_BIT = 0x3F, 0x40, 0x80
@@ -129,6 +135,7 @@ class Stage:
                 state.unlink()
             for name, (shape, dtype) in arrays.items():
                 _allocate(self._partial(name), dtype, shape)
+            self._sums_path.unlink(missing_ok=True)  # it may lead elsewhere
             self._sums_path.write_bytes(bytes(8 * items))
             write_atomic(state, json.dumps(expected).encode())
         self.arrays = {
@@ -148,14 +155,15 @@ class Stage:
 
     def _restore(self, arrays: dict[str, tuple], items: int) -> bool:
         """Whether the files of an interrupted stage are there, renamed ones brought back."""
-        if not self._sums_path.is_file() or self._sums_path.stat().st_size != 8 * items:
+        if not _is_own(self._sums_path) or self._sums_path.stat().st_size != 8 * items:
             return False
         for name in arrays:
             final = self._folder / f"{name}.npy"
             if not self._partial(name).is_file() and final.is_file():
                 os.replace(final, self._partial(name))
         return all(
-            _header(self._partial(name)) == (tuple(shape), np.dtype(dtype))
+            _is_own(self._partial(name))
+            and _header(self._partial(name)) == (tuple(shape), np.dtype(dtype))
             for name, (shape, dtype) in arrays.items()
         )
 
@@ -178,8 +186,18 @@ class Stage:
         self._sums.flush()
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """Rename the arrays to their final names; returns size and checksum of each."""
+        """Rename the arrays to their final names; returns size and checksum of each.
+
+        Raises:
+            DamagedError: a finished item is not as it was written.
+        """
         self.flush()
+        for item in np.flatnonzero(self._sums):
+            if self._sums[item] != self._sum(item):
+                raise DamagedError(
+                    f"{self._partial(self._names[0])} was changed while it was written: see who "
+                    "else writes there, or check the disk, then run the same command again"
+                )
         self.arrays.clear()
         records = {}
         for name in self._names:
@@ -304,6 +322,7 @@ class Store:
                 and len(self.frames) == video["num_frames"] >= 2
                 and all(type(side) is int and 0 < side < 1 << 16 for side in video["size"])
                 and len(video["size"]) == 2
+                and math.prod(video["size"]) <= _MOST_PIXELS
                 and all(0 < number < 1e6 for number in [*numbers, video["fps"]])
                 and bool(((pairs >= 0) & (pairs < len(self.frames))).all())
                 and bool((pairs[:, 0] != pairs[:, 1]).all())
@@ -342,6 +361,7 @@ class Store:
         except BaseException:
             stage.flush()
             raise
+        require_lock(self.run)
         self._record(name, key, stage.close(), stage.meta)
         stage.forget()
 
@@ -370,6 +390,7 @@ class Store:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
+        require_lock(self.run)
         self.run.mkdir(parents=True, exist_ok=True)
         self.manifest["crc32"] = _manifest_crc32(self.manifest)
         data = json.dumps(self.manifest, indent=1)
@@ -456,14 +477,15 @@ def _is_manifest(manifest: Any) -> bool:
         return False
     if "crc32" in manifest and manifest["crc32"] != _manifest_crc32(manifest):
         return False
-    return all(map(_is_record, manifest["stages"].values()))
+    return all(_is_record(stage, record) for stage, record in manifest["stages"].items())
 
 
-def _is_record(record: Any) -> bool:
+def _is_record(stage: str, record: Any) -> bool:
     try:
         return (
             isinstance(record["key"], str)
             and isinstance(record["meta"], dict)
+            and (stage not in _NOTES or _NOTES[stage](record["meta"]))
             and all(
                 Path(file).name == file
                 and type(facts["bytes"]) is int
@@ -473,6 +495,23 @@ def _is_record(record: Any) -> bool:
         )
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def _are_frames(values: Any) -> bool:
+    return type(values) is list and all(type(v) is int and 0 <= v < 1 << 31 for v in values)
+
+
+def _are_pairs(values: Any) -> bool:
+    return type(values) is list and all(_are_frames(pair) and len(pair) == 2 for pair in values)
+
+
+_NOTES = {
+    "frames": lambda meta: _are_frames(meta["cuts"]),
+    "flow": lambda meta: type(meta["provider"]) is str and _are_pairs(meta["pairs"]),
+    "evidence": lambda meta: all(re.fullmatch(r"[1-9]\d{0,8}", gap) for gap in meta["sigma"]),
+    "landmarks": lambda meta: _are_pairs(meta["pairs"]),
+}
+"""Whether what a stage noted is of the types that its readers take for granted."""
 
 
 def _manifest_crc32(manifest: dict[str, Any]) -> int:
@@ -487,7 +526,7 @@ _verified: dict[tuple, bool] = {}
 def _is_intact(path: Path, size: int, crc32: int) -> bool:
     try:
         status = path.stat()
-        if status.st_size != size:
+        if status.st_size != size or not stat.S_ISREG(status.st_mode):
             return False
         seen = path, status.st_ino, size, status.st_mtime_ns, crc32
         if seen not in _verified:
@@ -495,6 +534,15 @@ def _is_intact(path: Path, size: int, crc32: int) -> bool:
     except (OSError, ValueError):
         return False
     return _verified[seen]
+
+
+def _is_own(path: Path) -> bool:
+    """Whether writing to a file changes no file of another name or place."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _describe(arrays: dict[str, tuple]) -> dict[str, list]:

@@ -14,10 +14,14 @@ import numpy as np
 
 from omni.errors import OmniError
 from omni.files import check_archive, write_atomic
+from omni.memory import require_memory
 
-__all__ = ["Tracks", "frame_rate", "frame_size", "load_queries", "read_arrays"]
+__all__ = ["ENTRY_BYTES", "Tracks", "frame_rate", "frame_size", "load_queries", "read_arrays"]
 
 FORMAT_VERSION = 1
+
+ENTRY_BYTES = 20
+"""Memory that one point in one frame takes when a file is read, whatever types it is stored in."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Tracks:
                 "the omni that wrote it"
             )
         tracks, visible, points = data["tracks"], data["visible"], data["query_points"]
+        require_memory(ENTRY_BYTES * visible.size, f"{path}, unpacked,", "use fewer tracks at once")
         sigma = data.get("sigma", np.full(visible.shape, np.nan, np.float32))
         visibility = data.get("visibility", visible)
         if (

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from omni import losses, rendering
 from omni.camera import global_motion
-from omni.checkpoint import load_checkpoint, save_checkpoint
+from omni.checkpoint import is_count, load_checkpoint, restore_optimizer, save_checkpoint
 from omni.config import Config, digest, to_dict
 from omni.coords import denormalize, normalize
 from omni.errors import DamagedError
 from omni.initialize import chain_tracks, imported_tracks, surface_depth
+from omni.lock import require_lock
 from omni.memory import out_of_memory
 from omni.model import Field, Rays
 from omni.sampling import Batch, CorrespondenceSampler, LongTracks
@@ -36,6 +37,10 @@ HELD_OUT = 8192
 """Held-out correspondences judged at each evaluation."""
 
 MAX_ROLLBACKS = 3
+"""The fit ends when it would have to roll back once more."""
+
+MEASURES = ("median", "mean", "within_1px", "within_3px")
+"""What an evaluation says, by name."""
 
 
 def fit_key(store: Store, config: Config, matches: Tracks | None = None) -> str:
@@ -100,6 +105,7 @@ class Trainer:
 
         Raises:
             Interrupted: on a stop signal, after saving.
+            OmniError: the checkpoint cannot be written, or is not ours to write any more.
         """
         self._good = self._resume() or self.state()
         if self.finished:
@@ -109,15 +115,14 @@ class Trainer:
             total=self.config.optim.steps, initial=self.step, desc="fit", unit="step", disable=None
         )
         with stop_signals(self._note_signal), bar:
-            while not self.finished:
+            while not self.finished and self._stop_signal is None:
                 self._advance(bar)
-                if self._stop_signal is not None:
-                    self.save()
-                    raise Interrupted(self._stop_signal)
                 if time.monotonic() - saved > self.config.optim.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
-        self.save()
+            self.save()
+        if self._stop_signal is not None:
+            raise Interrupted(self._stop_signal)
         self.on_images(self)
 
     def _note_signal(self, number: int, frame: object) -> None:
@@ -149,32 +154,32 @@ class Trainer:
             self.on_scalars(self.step, values)
         if self.step % optim.evaluate_every == 0 or self.step == optim.steps:
             result = self.evaluate()
+            if not self._sound(result):
+                self._roll_back()
+                bar.n = self.step
+                return
             self.history.append({"step": self.step, **result})
             self.on_scalars(self.step, {f"held_out/{k}": v for k, v in result.items()})
             bar.set_postfix(held_out=f"{result['median']:.2f}px")
-            if math.isfinite(result["mean"]):
-                self._good = self.state()
+            self._good = self.state()
         if self.step % optim.image_every == 0 and not self.finished:
             self.on_images(self)
 
     def train_step(self) -> dict[str, Tensor] | None:
         """One update; the loss terms by name, or None where it had to be rolled back."""
         fraction = self.step / self.config.optim.steps
-        sampling = self.config.sampling
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            batch = self.sampler.draw(gap_limit(sampling.gap_start, sampling.gap_end, fraction))
-            terms, residual = self._terms(batch)
-            loss = losses.total(terms, self.config.loss, fraction)
-            loss.backward()
+            done = self._backward(fraction)
         except Exception as error:
             if not out_of_memory(error) or self.sampler.batch_pairs == 1:
                 raise
-            loss = None
-        if loss is None:  # outside the handler: the error would hold on to the memory
+            done = None
+        if done is None:  # outside the handler: the error would hold on to the memory
             self._halve()
             return None
-        if not self._finite(loss):
+        batch, residual, terms = done
+        if not self._finite(terms["total"]):
             self._roll_back()
             return None
         factor = self.rate * learning_rate(self.config.optim, self.step)
@@ -182,7 +187,19 @@ class Trainer:
             group["lr"] = group["base"] * factor
         self.optimizer.step()
         self.sampler.report(batch, residual)
-        return terms | {"total": loss.detach()}
+        return terms
+
+    def _backward(self, fraction: float) -> tuple[Batch, Tensor, dict[str, Tensor]]:
+        """Gradients of one batch; the batch, its residuals in sigma `(K, N)` and loss terms.
+
+        On its own, so that nothing of a batch too large for the memory outlives the failure.
+        """
+        sampling = self.config.sampling
+        batch = self.sampler.draw(gap_limit(sampling.gap_start, sampling.gap_end, fraction))
+        terms, residual = self._terms(batch)
+        loss = losses.total(terms, self.config.loss, fraction)
+        loss.backward()
+        return batch, residual, terms | {"total": loss.detach()}
 
     def _terms(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Every loss term with a weight in the config, and the residuals in sigma `(K, N)`."""
@@ -255,13 +272,15 @@ class Trainer:
         """Error on held-out correspondences: median in pixels, share within 1 and 3 pixels."""
         distance = self.residuals(self.judged).norm(dim=-1)[self.judged.visible > 0]
         if len(distance) == 0:
-            return {"median": 0.0, "mean": 0.0, "within_1px": 1.0, "within_3px": 1.0}
-        return {
-            "median": float(distance.median()),
-            "mean": float(distance.mean()),
-            "within_1px": float((distance < 1).float().mean()),
-            "within_3px": float((distance < 3).float().mean()),
-        }
+            return dict(zip(MEASURES, (0.0, 0.0, 1.0, 1.0), strict=True))
+        within = [(distance < limit).float().mean() for limit in (1, 3)]
+        values = map(float, (distance.median(), distance.mean(), *within))
+        return dict(zip(MEASURES, values, strict=True))
+
+    def _sound(self, result: dict[str, float]) -> bool:
+        """Whether an evaluation and every parameter are finite: nothing else may be a result."""
+        finite = [torch.isfinite(parameter).all() for parameter in self.field.parameters()]
+        return math.isfinite(result["mean"]) and bool(torch.stack(finite).all())
 
     def state(self) -> dict[str, Any]:
         """Everything that decides what happens next, as tensors and plain values."""
@@ -283,7 +302,12 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write the checkpoint, with the state that a roll-back would return to."""
+        """Write the checkpoint, with the state that a roll-back would return to.
+
+        Raises:
+            OmniError: it cannot be written, or another process has taken the run over.
+        """
+        require_lock(self.path.parent)
         save_checkpoint(self.path, {**self.state(), "good": self._good})
 
     def _resume(self) -> dict[str, Any] | None:
@@ -291,7 +315,7 @@ class Trainer:
         if not self.path.is_file():
             return None
         try:
-            state = load_checkpoint(self.path, self.device)
+            state = load_checkpoint(self.path)
         except DamagedError as error:
             log.warning("%s; starting the fit anew", error)
             return None
@@ -303,7 +327,7 @@ class Trainer:
             for known in (good, state):  # both, so that a roll-back cannot fail later
                 self._restore(known)
             return good
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # a crafted state can fail anywhere in its readers
             if out_of_memory(error):
                 raise
             raise DamagedError(
@@ -311,13 +335,29 @@ class Trainer:
             ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`, which may come from an untrusted file.
+
+        Raises:
+            ValueError, KeyError, TypeError, RuntimeError: its parts are not what they should be.
+        """
         state = copy.deepcopy(state)
+        counts, rate, history = ("step", "rollbacks", "halvings"), state["rate"], state["history"]
+        if not all(is_count(state[name]) for name in counts):
+            raise ValueError("a count is none")
+        if type(rate) is not float or not 0 < rate <= 1:
+            raise ValueError("the rate is out of range")
+        if type(history) is not list or any(
+            type(entry[name]) not in (int, float)
+            for entry in history
+            for name in ("step", *MEASURES)
+        ):
+            raise ValueError("the history is none")
         self.field.load_state_dict(state["field"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict({k: v.cpu() for k, v in state["sampler"].items()})
-        self.step, self.history = state["step"], state["history"]
-        self.rate, self.rollbacks = state["rate"], state["rollbacks"]
-        self.sampler.halvings = max(self.sampler.halvings, state.get("halvings", 0))
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.step, self.history = state["step"], history
+        self.rate, self.rollbacks = rate, state["rollbacks"]
+        self.sampler.halvings = max(self.sampler.halvings, state["halvings"])
 
     def _finite(self, loss: Tensor) -> bool:
         """Whether the loss and every gradient are finite; bounds that of the couplings."""
@@ -332,7 +372,7 @@ class Trainer:
     def _roll_back(self) -> None:
         """Return to the last good state with half the learning rate."""
         rollbacks, rate = self.rollbacks + 1, self.rate / 2
-        log.warning("loss is not finite at step %d: back to the last good state", self.step)
+        log.warning("not finite at step %d: back to the last good state", self.step)
         self._restore(self._good)
         self.rollbacks, self.rate = rollbacks, rate
         # Else the same draw would come again.

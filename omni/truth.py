@@ -16,7 +16,7 @@ import numpy as np
 
 from omni.errors import OmniError
 from omni.memory import require_memory
-from omni.tracks import Tracks, frame_rate, frame_size, read_arrays
+from omni.tracks import ENTRY_BYTES, Tracks, frame_rate, frame_size, read_arrays
 
 __all__ = ["Truth", "load_prediction", "load_truth"]
 
@@ -91,6 +91,7 @@ def load_prediction(path: Path | str) -> Tracks:
         raise OmniError(f"{path}: pred_tracks must be (1, T, N, 2), pred_visibility (1, T, N)")
     if queries.shape != (tracks.shape[1], 3):
         raise OmniError(f"{path}: queries must be (1, N, 3), t x y, one for each track")
+    require_memory(ENTRY_BYTES * seen.size, f"{path}, unpacked,", "use fewer tracks at once")
     probability = seen.T.astype(np.float32)
     return Tracks(
         tracks=tracks.transpose(1, 0, 2).astype(np.float32) + np.float32(0.5),
@@ -174,6 +175,7 @@ def _checked(
         or not (visible.shape == annotated.shape == tracks.shape[:2])
     ):
         raise OmniError(f"{path}: tracks must be (N, T, 2), visible and annotated (N, T)")
+    require_memory(ENTRY_BYTES * visible.size, f"{path}, unpacked,", "use fewer tracks at once")
     visible, annotated = visible.astype(bool), annotated.astype(bool)
     tracks = tracks.astype(np.float32)
     annotated = annotated & np.isfinite(tracks).all(axis=-1)
@@ -231,12 +233,6 @@ def _array(value: Any) -> np.ndarray | None:
     return value.value if isinstance(value, _Array) else None
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError("only the encoding latin1 is allowed")
-    return text.encode("latin1")
-
-
 # The C unpickler takes memory by what a pickle says (an 8-byte index asks for gigabytes), the one
 # in Python by what it holds.
 class _Unpickler(pickle._Unpickler):
@@ -245,6 +241,17 @@ class _Unpickler(pickle._Unpickler):
     numpy's own constructors are replaced by `_Array` and `_Dtype`: their `__setstate__` trusts its
     input, so that a forged dtype could make numpy follow arbitrary pointers.
     """
+
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data))
+        self.unread = len(data)
+
+    def latin1(self, text: str, encoding: str) -> bytes:
+        """Bytes that an old protocol wrote as text; a text of the file serves only once."""
+        self.unread -= len(text)
+        if encoding != "latin1" or self.unread < 0:
+            raise pickle.UnpicklingError("only as many latin1 bytes as the file has are allowed")
+        return text.encode("latin1")
 
     dispatch = {**pickle._Unpickler.dispatch}
     # Hashing tuples nested n deep takes 2^n steps.
@@ -294,14 +301,16 @@ class _Unpickler(pickle._Unpickler):
             case "numpy.core.numeric", "_frombuffer":
                 return lambda *args: _Array().fill(*args)
             case "_codecs", "encode":
-                return lambda *args: _latin1(*args)
+                return lambda *args: self.latin1(*args)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
 def _load_pickle(path: Path) -> Any:
+    if not path.is_file():
+        raise OmniError(f"{path} cannot be read (no such file): check the path")
     try:
         require_memory(3 * path.stat().st_size, f"{path}", "use a smaller file, or more memory")
-        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+        return _Unpickler(path.read_bytes()).load()
     except OmniError:
         raise
     except OSError as error:

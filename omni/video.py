@@ -19,7 +19,9 @@ import numpy as np
 
 from omni.decoding import decode_rgb, probe
 from omni.errors import OmniError
+from omni.files import sync_folder
 from omni.images import image_size, list_images, read_image, read_mask
+from omni.memory import require_memory
 
 __all__ = ["VideoSource", "load_masks", "open_video", "write_video"]
 
@@ -130,12 +132,15 @@ def load_masks(path: Path | str, source: VideoSource) -> dict[int, np.ndarray]:
         files, numbers = [path], [_match_single(path.stem, source)]
     else:
         raise OmniError(f"{path} does not exist: give a mask or a folder of masks")
+    chosen = [pair for pair in zip(files, numbers, strict=True) if pair[1] in source.frames]
+    height, width = source.size
+    needed = 2 * len(chosen) * height * width  # as read, and as labels
+    require_memory(needed, f"reading the masks in {path}", "give masks of fewer frames")
     raw = {}
-    for file, number in zip(files, numbers, strict=True):
-        if number in source.frames:
-            index = source.frames.index(number)
-            raw[index] = read_mask(file)
-            _check_size(f"mask {file}", raw[index][0].shape, source.size)
+    for file, number in chosen:
+        index = source.frames.index(number)
+        raw[index] = read_mask(file)
+        _check_size(f"mask {file}", raw[index][0].shape, source.size)
     if not raw:
         raise OmniError(
             f"no mask in {path} belongs to a selected frame of {source.path}: name each mask like "
@@ -160,6 +165,7 @@ def write_video(path: Path | str, frames: Iterable[np.ndarray], fps: float, crf:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise OmniError(f"cannot write {path}: give a file name in a folder that can be written")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.mp4")
+    temporary.unlink(missing_ok=True)  # it may lead elsewhere
     first = next(frames, None)
     if first is None:
         raise OmniError(f"cannot write {path}: there are no frames")
@@ -170,7 +176,10 @@ def write_video(path: Path | str, frames: Iterable[np.ndarray], fps: float, crf:
             for frame in itertools.chain([first], frames):
                 _check_size(f"{path}: a frame to write", frame.shape[:2], (height, width))
                 send(np.ascontiguousarray(np.pad(frame, padding, mode="edge")))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except _CannotWrite as error:
         raise OmniError(f"cannot write {path} ({error}): check the free disk space") from None
     finally:

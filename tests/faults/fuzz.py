@@ -4,9 +4,10 @@
 
 Hypothesis chooses what to do to a valid file: bytes overwritten, cut, doubled, moved, sizes made
 absurd, at the surface or inside of an archive whose checksums are then made right again, or values
-of a JSON or YAML tree replaced. Each reader runs in a process of its own, which may take 4 GB more
-than it starts with and 10 seconds per input. Counted as failures: any exception but `OmniError`, a
-message of more than one line or 1,000 characters, a hang, a crash, a file written elsewhere.
+and keys of a JSON tree or of a checkpoint replaced. Each reader runs in a process of its own, which
+may take 4 GB more than it starts with and 10 seconds per input. Counted as failures: any exception
+but `OmniError`, a message of more than one line or 1,000 characters, a hang, a crash, a file
+written elsewhere, and more than 512 MB taken by what is read.
 """
 
 import argparse
@@ -69,7 +70,7 @@ edits = st.lists(
 )
 plans = st.tuples(
     st.integers(0, 1 << 10),
-    st.sampled_from(["surface", "inside", "values"]),
+    st.sampled_from(["surface", "inside", "values", "keys"]),
     st.integers(0, 1 << 16),
     st.sampled_from(WEIRD),
     edits,
@@ -110,18 +111,35 @@ def with_value(tree, path, value):
     return copy
 
 
+def with_key(tree, path, key):
+    """The tree with the last key of `path` renamed; an entry of a list is dropped."""
+    if not path:
+        return [tree]
+    if len(path) > 1:
+        return with_value(tree, path[:1], with_key(tree[path[0]], path[1:], key))
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    value = copy.pop(path[0])
+    if isinstance(copy, dict):
+        copy[key if isinstance(key, str) else repr(key)] = value
+    return copy
+
+
+def changed(tree, kind, where, value):
+    paths = list(paths_of(tree))
+    return (with_key if kind == "keys" else with_value)(tree, paths[where % len(paths)], value)
+
+
 def crafted(seeds, plan, repair=lambda data: data):
     """The file that a plan makes of one of the seeds."""
     which, kind, where, value, changes = plan
     data = seeds[which % len(seeds)]
-    if kind == "values":
+    if kind in ("values", "keys"):
         try:
             tree = json.loads(data)
         except ValueError:
             kind = "inside"
         else:
-            paths = list(paths_of(tree))
-            return repair(json.dumps(with_value(tree, paths[where % len(paths)], value)).encode())
+            return repair(json.dumps(changed(tree, kind, where, value)).encode())
     if kind == "inside" and data[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = [(member.filename, archive.read(member)) for member in archive.infolist()]
@@ -285,6 +303,60 @@ class CheckpointReader(Reader):
         load_field(self.path, 4, torch.device("cpu"))
 
 
+class ResumeReader(Reader):
+    """A fit that continues a checkpoint, byte for byte or entry by entry not what it saved."""
+
+    suffix = ".pt"
+
+    def make(self):
+        from dataclasses import replace
+
+        import torch
+
+        from omni.checkpoint import load_checkpoint
+        from omni.config import OptimConfig, SamplingConfig
+        from omni.store import Store
+        from omni.trainer import Trainer
+
+        torch.set_num_threads(1)
+        config = replace(
+            small_field(),
+            sampling=SamplingConfig(pairs=2, points=4, tracks=0),
+            optim=OptimConfig(steps=2, evaluate_every=1),
+        )
+        write_run(self.folder / "run")
+        store = Store.open(self.folder / "run")
+        self.trainer = Trainer(store, config, self.path, torch.device("cpu"))
+        self.fresh = self.trainer.state()
+        self.trainer.run()
+        self.trainer.save = lambda: None  # only reading is tried
+        # Nobody reads the settings here, and most of the entries would be theirs.
+        self.tree = load_checkpoint(self.path) | {"step": 1, "finished": False, "config": {}}
+        self.tree["good"]["config"] = {}
+        self.odd = [torch.zeros(1), torch.zeros(0), torch.full((3,), float("nan"))]
+        self.odd += [torch.zeros(1).expand(1 << 40), torch.zeros(2, 3).t(), torch.ones(2).long()]
+        return [self.path.read_bytes()]
+
+    def __call__(self, plan):
+        import torch
+
+        which, kind, where, value, _ = plan
+        self.trainer._restore(self.fresh)
+        if kind in ("values", "keys"):
+            if kind == "values" and which % 2:
+                value = self.odd[which // 2 % len(self.odd)]
+            tree = changed(self.tree, kind, where, value)
+            if not isinstance(tree, dict):
+                return
+            torch.save(tree, self.path)
+            self.trainer.run()
+        else:
+            super().__call__(plan)
+
+    def read(self):
+        self.trainer.run()
+
+
 class ConfigReader(Reader):
     suffix = ".yaml"
 
@@ -315,17 +387,20 @@ def write_run(run):
     from omni.store import Store
 
     store, pairs = Store(run), [[0, 1], [1, 0], [1, 2], [2, 1], [2, 3], [3, 2]]
+    each = (6, 8, 12)
+    checks = {"threshold": 1.5, "sigma": {"1": [0.25, 0.6]}, "gaps": [{"gap": 1}]}
     layout = {
-        "frames": ((4, 8, 12, 3), np.uint8, {"cuts": []}),
-        "flow": ((6, 8, 12, 2), np.int16, {"pairs": pairs, "provider": "dis"}),
-        "evidence": (
-            (6, 8, 12),
-            np.uint8,
-            {"threshold": 1.5, "sigma": {"1": [0.25, 0.6]}, "gaps": [{"gap": 1}]},
+        "frames": ({"frames": ((4, 8, 12, 3), np.uint8)}, {"cuts": []}),
+        "masks": ({"masks": ((4, 8, 12), np.uint8)}, {}),
+        "flow": (
+            {"flow": ((*each, 2), np.int16), "doubt": (each, np.uint8)},
+            {"pairs": pairs, "provider": "dis"},
         ),
+        "evidence": ({"evidence": (each, np.uint8)}, checks),
+        "landmarks": ({"landmarks": ((2, 5, 4), np.float32)}, {"pairs": [[0, 2], [0, 3]]}),
     }
-    for name, (shape, dtype, meta) in layout.items():
-        with store.stage(name, "k", {name: (shape, dtype)}, shape[0]) as stage:
+    for name, (arrays, meta) in layout.items():
+        with store.stage(name, "k", arrays, len(pairs)) as stage:
             stage.meta.update(meta)
     store.note(
         source={"name": "clip.mp4", "fingerprint": "f"},
@@ -350,14 +425,37 @@ class ManifestReader(Reader):
             return data
 
     def read(self):
+        """As a fit and a read-out do, then as preprocessing does."""
+        from omni.landmarks import Landmarks
         from omni.links import Links
         from omni.store import Store
 
-        store = Store.open(self.folder / "run")
-        links = Links(store)
-        for source, target in filter(lambda pair: links.stored(*pair), store.pairs.tolist()):
-            links.follow(source, target, np.array([[3.0, 4.0]], np.float32))
-        assert store.fps > 0 and store.masks is None and min(store.video_size) > 0
+        try:
+            store = Store.open(self.folder / "run")
+            links, landmarks = Links(store), Landmarks(store)
+            point = np.array([[3.0, 4.0]], np.float32)
+            for source, target in filter(lambda pair: links.stored(*pair), store.pairs.tolist()):
+                links.follow(source, target, point)
+            for target in range(store.num_frames):
+                for source in landmarks.sources(target):
+                    landmarks.follow(source, target, point)
+            assert store.fps > 0 and min(store.video_size) > 0
+            for array in (store.masks, store.doubt):
+                assert array is None or array.dtype == np.uint8
+        finally:
+            self.prepare()
+
+    def prepare(self):
+        from omni.config import FlowConfig
+        from omni.store import Store
+        from preprocess.flow import accepts
+        from preprocess.pairs import schedule
+
+        store = Store.create(self.folder / "run")
+        if store.has("frames"):
+            schedule(4, "log", 2, store.meta("frames")["cuts"])
+        if store.has("flow"):
+            accepts(FlowConfig(), store.meta("flow")["provider"])
 
 
 class ArrayReader(ManifestReader):
@@ -547,6 +645,7 @@ READERS = {
     "prediction": PredictionReader,
     "pickle": PickleReader,
     "checkpoint": CheckpointReader,
+    "resume": ResumeReader,
     "config": ConfigReader,
     "manifest": ManifestReader,
     "arrays": ArrayReader,
@@ -623,9 +722,14 @@ def fuzz(name, inputs, folder):
     return {"reader": name, "inputs": tried, **counts, "examples": examples}
 
 
+def peak_memory_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def failures(result):
-    """How many inputs were neither read nor refused in one clear sentence."""
-    return result["inputs"] - result.get("read", 0) - result.get("refused", 0)
+    """Inputs that were neither read nor refused in one clear sentence; 1 more for much memory."""
+    fine = result.get("read", 0) + result.get("refused", 0)
+    return result["inputs"] - fine + result.get("greedy", 0)
 
 
 def main():
@@ -641,11 +745,15 @@ def main():
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), resource.RLIM_INFINITY))
         logging.disable(logging.ERROR)
+        before = peak_memory_mb()
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder) / "work"
             work.mkdir()
             result = fuzz(options.readers[0], options.inputs, work)
-        result["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        result["peak_memory_mb"] = peak_memory_mb()
+        if result["peak_memory_mb"] > before + 512:
+            result["greedy"] = 1
+            result["examples"]["greedy"] = f"{before} MB before, {result['peak_memory_mb']} at most"
         print(json.dumps(result))
         return
     results = []

@@ -1,9 +1,11 @@
-"""Kill `omni optimize` at random moments of every stage, run it again, compare `tracks.npz`.
+"""Kill `omni optimize` at random moments of every stage, run it again, compare its results.
 
     python tests/faults/kills.py --kills 30 [--seed 0] [--out kills.json]
 
 Every kill gets a run folder of its own. The stages take turns; the moment within a stage and the
-signal (SIGKILL every other time, else SIGINT, SIGTERM or SIGUSR1) are random.
+signal (SIGKILL every other time, else SIGINT, SIGTERM or SIGUSR1) are random. A trial counts where
+the second command ends well, tracks and views are byte for byte those of an uninterrupted run, and
+no temporary file is left.
 """
 
 import argparse
@@ -38,6 +40,7 @@ SETTINGS = [
         "output.render_frames=4",
     )
 ]
+RESULTS = ["chains.npz", "tracks.npz", "overlay.mp4", "color.mp4", "depth.mp4"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
@@ -131,19 +134,24 @@ def trial(clip, run, stage, seconds, number, rng):
     }
 
 
+def same_file(path, other):
+    return path.is_file() and path.read_bytes() == other.read_bytes()
+
+
 def kill_all(folder, kills, seed=0, stages=tuple(BEGINS)):
-    """`kills` trials; yields each one's record, with whether its tracks are the same bytes."""
+    """`kills` trials; yields each one's record, with whether its results are the same bytes."""
     rng = random.Random(seed)
     clip = write_clip(folder / "frames")
     seconds = time_stages(clip, folder / "reference")
-    expected = (folder / "reference" / "tracks.npz").read_bytes()
     for index in range(kills):
         stage = stages[index % len(stages)]
         number = signal.SIGKILL if index // len(stages) % 2 == 0 else rng.choice(SIGNALS)
         run = folder / f"run{index}"
         record = trial(clip, run, stage, seconds[stage], number, rng)
-        tracks = run / "tracks.npz"
-        record["same"] = tracks.is_file() and tracks.read_bytes() == expected
+        record["differ"] = [
+            name for name in RESULTS if not same_file(run / name, folder / "reference" / name)
+        ]
+        record["same"] = not (record["code"] or record["differ"] or record["left"])
         yield record
 
 
@@ -159,7 +167,8 @@ def main():
             records.append(record)
             verdict = "same bytes" if record["same"] else "DIFFERS"
             where = f"{record['delay']:6.2f} s into {record['stage']:9}"
-            print(f"{len(records):3} {record['signal']:8} {where} {verdict} {record['error']}")
+            trouble = [record[name] for name in ("error", "differ", "left") if record[name]]
+            print(f"{len(records):3} {record['signal']:8} {where} {verdict}", *trouble)
             sys.stdout.flush()
     same = sum(record["same"] for record in records)
     print(f"{same} of {len(records)} runs continued to the same bytes")

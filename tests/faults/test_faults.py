@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -19,16 +21,22 @@ import pytest
 import torch
 from PIL import Image
 
-from omni import doctor, lock
+from omni import decoding, doctor, lock, memory
 from omni.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
+from omni.config import load_config
+from omni.dense import write_dense
 from omni.errors import DamagedError, OmniError
 from omni.files import write_atomic
 from omni.images import list_images, read_image
-from omni.lock import locked
+from omni.lock import locked, require_lock
+from omni.readout import Reader
 from omni.run import default_run
+from omni.signals import Interrupted, raise_interrupted, stop_signals
 from omni.store import Store
 from omni.tracks import Tracks, read_arrays
 from omni.trainer import Trainer
+from omni.truth import load_prediction, load_truth
+from omni.video import load_masks, open_video, write_video
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -126,8 +134,6 @@ def test_a_run_goes_on_when_its_video_is_gone_after_preprocessing(reference, tmp
 
 
 def test_a_video_that_goes_while_it_is_read_is_one_clear_error(tmp_path):
-    from omni.video import open_video
-
     clip = kills.write_clip(tmp_path / "frames")
     frames = iter(open_video(clip))
     next(frames)
@@ -164,6 +170,11 @@ def test_a_second_process_is_refused_and_the_first_one_left_alone(tmp_path):
 def write_lock(run, **changes):
     run.mkdir(exist_ok=True)
     (run / "lock").write_text(json.dumps(lock._ours() | changes))
+
+
+def foreign(folder):
+    """A live process that is not this one holds the folder."""
+    write_lock(folder, pid=os.getppid(), started=lock._start_time(os.getppid()))
 
 
 def test_a_lock_whose_process_number_was_given_to_another_process_is_stale(tmp_path):
@@ -232,6 +243,148 @@ def test_a_second_thread_is_refused_but_a_block_inside_a_block_goes_on(tmp_path)
             pool.submit(enter).result()
 
 
+def test_an_owner_keeps_its_lock_when_the_machine_is_renamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with locked(tmp_path):
+        monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+        os.utime(tmp_path / "lock", (0, 0))
+        time.sleep(0.2)
+        assert (tmp_path / "lock").stat().st_mtime > 1e6, "the heartbeat goes on"
+        require_lock(tmp_path)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_an_owner_whose_lock_vanished_stops_and_does_not_make_it_anew(tmp_path, monkeypatch):
+    """Taken over, and released again: the other one's files are there."""
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        (tmp_path / "lock").unlink()
+        with pytest.raises(OmniError, match="was taken over"):
+            require_lock(tmp_path)
+        for _ in range(200):
+            time.sleep(0.02)
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lost_lock_keeps_checkpoint_and_manifest_as_the_new_owner_wrote_them(
+    small_store, small_config, tmp_path
+):
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    trainer = Trainer(Store.open(run), small_config, run / "checkpoint.pt", CPU)
+    trainer._good = trainer.state()
+    with locked(run):
+        trainer.save()
+        trainer.step = 7
+        before = {name: (run / name).read_bytes() for name in ("checkpoint.pt", "manifest.json")}
+        foreign(run)
+        with pytest.raises(OmniError, match=f"taken over by process {os.getppid()}"):
+            trainer.save()
+        with pytest.raises(OmniError, match="nothing was written"):
+            trainer.store.note(video={})
+        assert before == {name: (run / name).read_bytes() for name in before}
+    assert (run / "lock").exists(), "it is the other one's"
+
+
+def test_two_threads_that_find_one_stale_lock_do_not_both_take_it(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(lock, "SETTLE", 0.05)
+    for _ in range(3):
+        write_lock(tmp_path, pid=1)
+        inside = []
+
+        def enter(inside=inside):
+            with locked(tmp_path):
+                inside.append(1)
+                time.sleep(0.5)
+
+        with ThreadPoolExecutor(2) as pool:
+            errors = [task.exception() for task in [pool.submit(enter), pool.submit(enter)]]
+        assert len(inside) == 1 and sum(isinstance(error, OmniError) for error in errors) == 1
+
+
+def test_a_lock_is_released_when_the_heartbeat_cannot_start(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="new thread"):
+        broken.setattr(threading.Thread, "start", fail)
+        with locked(tmp_path):
+            pass
+    assert not (tmp_path / "lock").exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_only_temporary_files_of_ours_whose_process_is_gone_are_swept(tmp_path):
+    (tmp_path / "store").mkdir()
+    gone = [".a.npz.4194304.tmp", ".overlay.mp4.4194304.tmp.mp4", "store/.a.json.4194304.tmp"]
+    kept = [f".a.{os.getpid()}.tmp", ".notes.tmp", ".tmp", "a.4194304.tmp", ".a.4194304.tmp.txt"]
+    for name in gone + kept:
+        (tmp_path / name).touch()
+    with locked(tmp_path):
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*kept, "lock"}
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(small_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "lock")
+    with locked(tmp_path):
+        pass
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    (run / "store" / "flow.npy").unlink()
+    os.mkfifo(run / "store" / "flow.npy")
+    with pytest.raises(DamagedError, match=r"flow\.npy is missing or damaged"):
+        Store.open(run)
+    (run / "manifest.json").unlink()
+    os.mkfifo(run / "manifest.json")
+    with pytest.raises(DamagedError, match="manifest.json is damaged"):
+        Store(run)
+    os.mkfifo(tmp_path / "clip.pkl")
+    with pytest.raises(OmniError, match=r"clip\.pkl"):
+        load_truth(tmp_path / "clip.pkl")
+
+
+def test_a_second_dense_export_is_refused_and_the_first_ones_work_left_alone(small_store, tmp_path):
+    reader, path = Reader(small_store, None, 4096), tmp_path / "dense.npz"
+    folder = tmp_path / ".dense.npz.partial"
+    foreign(folder)
+    (folder / "tracks.npy").write_bytes(b"rows")
+    with pytest.raises(OmniError, match=f"in use by process {os.getppid()}"):
+        write_dense(reader, path, 0, 8)
+    assert (folder / "tracks.npy").read_bytes() == b"rows" and not path.exists()
+    write_lock(folder, pid=1)  # that one was killed
+    write_dense(reader, path, 0, 8)
+    assert not folder.exists() and read_arrays(path, ("tracks",))["tracks"].ndim == 4
+
+
+# Signals
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR2", "SIGXCPU"])
+def test_a_signal_that_announces_the_end_stops_with_one_sentence(name):
+    script = (
+        "import os, signal, omni.cli, omni.doctor\n"
+        f"omni.doctor.examine = lambda run: os.kill(os.getpid(), signal.{name})\n"
+        "omni.cli.main(['doctor'])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stderr == f"omni: stopped by {name}; run the same command again to continue\n"
+    assert result.returncode == 128 + getattr(signal, name)
+
+
+def test_under_nohup_a_lost_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals(raise_interrupted):
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(Interrupted):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # Disks
 
 
@@ -276,6 +429,7 @@ def test_a_read_only_run_can_be_read_but_not_continued(reference, tmp_path):
     result = in_a_mount(
         f"mount --bind -o ro {uninterrupted} {run}; mount -o remount,ro,bind {run}\n"
         f"{sys.executable} -m omni.cli export {run} -o {out} --grid 32\n"
+        f"{sys.executable} -c 'import omni; omni.load(\"{run}\").tracks([[0, 5, 5]])'\n"
         f"{sys.executable} -m omni.cli visualize {run}"
     )
     assert result.returncode == 2, result.stderr
@@ -444,6 +598,60 @@ def test_a_pipe_among_the_frames_is_left_out_and_not_waited_for(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["1.png"]
 
 
+def test_a_config_of_more_than_a_megabyte_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\n" + "#" * (1 << 20))
+    with pytest.raises(OmniError, match=r"config\.yaml"):
+        load_config(str(path))
+    path.write_text("seed: 1\n" + "#" * 1000)
+    assert load_config(str(path)).seed == 1
+
+
+def test_a_playlist_does_not_reach_the_network(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"
+        for name, content in (
+            ("a.m3u8", f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST"),
+            ("a.mp4", f"ffconcat version 1.0\nfile {address}\n"),
+        ):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(OmniError, match="video"):
+                open_video(tmp_path / name)
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_a_video_whose_frames_do_not_fit_in_memory_is_refused(tmp_path, monkeypatch):
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, iter(np.zeros((3, 64, 64, 3), np.uint8)), 10.0)
+    monkeypatch.setattr(decoding, "require_memory", lambda *_: None)
+    monkeypatch.setattr(decoding, "available_memory", lambda: 12 * 64 * 64 - 1)
+    with pytest.raises(OmniError, match="no frame decodes"):
+        open_video(clip)  # as of frames that grow on the way
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "available_memory", lambda: 12 * 64 * 64 - 1)
+    with pytest.raises(OmniError, match=r"a frame of .*clip\.mp4 needs"):
+        open_video(clip)
+
+
+def test_masks_and_tracks_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
+    source, masks = open_video(kills.write_clip(tmp_path / "frames")), tmp_path / "masks"
+    masks.mkdir()
+    for t in range(8):
+        Image.new("L", (96, 64)).save(masks / f"{t:03d}.png")
+    assert len(load_masks(masks, source)) == 8
+    arrays = {"tracks": np.zeros((1000, 1000, 2), np.int8), "visible": np.zeros((1000, 1000), bool)}
+    np.savez(tmp_path / "t.npz", **arrays, query_points=np.zeros((1000, 3)), size=[4, 4])
+    monkeypatch.setattr(memory, "available_memory", lambda: 16 * 64 * 96 - 1)
+    with pytest.raises(OmniError, match="reading the masks in"):
+        load_masks(masks, source)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10_000_000)
+    for read in (Tracks.load, load_truth, load_prediction):
+        with pytest.raises(OmniError, match=r"t\.npz, unpacked, needs 0\.0 GB"):
+            read(tmp_path / "t.npz")
+
+
 @pytest.mark.parametrize("name", fuzz.READERS)
 def test_crafted_files_are_read_or_refused_in_one_clear_sentence(name, tmp_path, monkeypatch):
     """20,000 of each: `python tests/faults/fuzz.py`."""
@@ -498,8 +706,6 @@ def test_without_enough_memory_batches_and_chunks_are_halved_and_the_work_goes_o
 
 
 def test_an_answer_larger_than_the_memory_is_refused_before_it_is_begun(small_store):
-    from omni.readout import Reader
-
     points = np.broadcast_to(np.float32([0, 5, 5]), (1 << 30, 3))
     with pytest.raises(OmniError, match="answering 1073741824 queries at 6 times needs"):
         reader = Reader(small_store, None, 64)
@@ -539,6 +745,19 @@ def test_doctor_knows_weights_that_are_part_of_the_build(tmp_path, monkeypatch):
     assert "no RAFT weights" in doctor._weights().what
     (tmp_path / "raft_small.safetensors").touch()
     assert doctor._weights().what == "RAFT weights: raft_small.safetensors"
+
+
+def test_doctor_takes_a_run_that_is_not_fitted_yet_as_no_problem(small_store):
+    findings = list(doctor._run_folder(small_store.run))
+    assert [finding.verdict for finding in findings] == ["note", "ok"]
+    assert "is not fitted yet" in findings[0].what
+
+
+def test_doctor_says_that_torch_is_broken_and_goes_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = list(doctor.examine())
+    broken = [f for f in findings if f.what.startswith("torch does not import")]
+    assert [f.verdict for f in broken] == ["problem"] and len(findings) >= 5
 
 
 def test_doctor_is_content_with_this_machine():

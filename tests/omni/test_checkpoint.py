@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from omni.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
-from omni.errors import OmniError
+from omni.checkpoint import FORMAT_VERSION, load_checkpoint, load_field, save_checkpoint
+from omni.config import Config, ModelConfig, to_dict
+from omni.errors import DamagedError, OmniError
+from omni.model import Field
 
 STATE = {"field": {"w": torch.arange(6.0).view(2, 3)}, "step": 7, "history": [{"mean": 0.5}]}
 
@@ -93,6 +95,26 @@ def test_another_format_is_refused(tmp_path, state):
 def test_a_missing_file_says_how_to_make_one(tmp_path):
     with pytest.raises(OmniError, match="does not exist: run"):
         load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_a_field_that_only_declares_its_size_is_not_built(tmp_path):
+    """A zero expanded to the shape of a network takes no space in the file."""
+    config = Config(model=ModelConfig(couplings=1, hidden=64, grid_levels=1, grid_log2_size=16))
+    weights = Field(4, config.model, config.render).state_dict()
+    state = {"config": to_dict(config), "num_frames": 4, "step": 1, "field": weights}
+    path, cpu = tmp_path / "checkpoint.pt", torch.device("cpu")
+    save_checkpoint(path, state)
+    assert load_field(path, 4, cpu)[2] == 1
+    one = torch.zeros(1)
+    for of in (lambda value: torch.zeros(1), lambda value: one):
+        empty = {name: of(value).expand(value.shape) for name, value in weights.items()}
+        save_checkpoint(path, state | {"field": empty})
+        with pytest.raises(DamagedError, match="does not fit itself"):
+            load_field(path, 4, cpu)
+    for changes in ({"field": one}, {"step": 1.5}, {"step": -1}, {"config": 3}):
+        save_checkpoint(path, state | changes)
+        with pytest.raises(OmniError, match="checkpoint.pt"):
+            load_field(path, 4, cpu)
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path):

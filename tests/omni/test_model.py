@@ -136,6 +136,24 @@ def test_surface_map_has_a_gradient_to_depth_and_position():
     assert (surface.depth.grad != 0).sum() == 8 and xy.grad.abs().min() > 0
 
 
+def test_gradients_of_the_surface_do_not_depend_on_the_number_of_threads():
+    """Thousands of points share few cells, whose gradients are sums."""
+    torch.manual_seed(0)
+    surface, times = SurfaceMap(FRAMES, 4), 4 * torch.rand(64)
+    xy, scale = 2 * torch.rand(64, 512, 2) - 1, torch.randn(64, 512)
+
+    def gradient(threads):
+        torch.set_num_threads(threads)
+        surface.depth.grad = None
+        (surface.at(times, xy) * scale).sum().backward()
+        return surface.depth.grad
+
+    try:
+        assert all(torch.equal(gradient(4), gradient(1)) for _ in range(5))
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_paper_preset_has_the_paper_s_parameter_counts():
     """As counted in the released code: docs/method.md."""
     config = load_config("paper")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from omni import run as runs
+from omni.checkpoint import save_checkpoint
 from omni.cli import main
 from omni.coords import grid_queries
 from omni.errors import OmniError
@@ -75,6 +76,25 @@ def test_matches_that_are_no_tracks_are_refused(run, tmp_path):
         runs.import_matches(run, tmp_path / "text.npz")
     with pytest.raises(OmniError, match="missing.npz"):
         runs.import_matches(run, tmp_path / "missing.npz")
+
+
+def test_a_folder_in_the_place_of_a_result_is_refused_before_the_work(run, tmp_path):
+    """Even before the run is opened: this one is not fitted."""
+    for write in (runs.export, lambda run, path: runs.track_baseline(run, path, "mft")):
+        with pytest.raises(OmniError, match="is a folder: name a file in it with -o"):
+            write(run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "3"}, {"step": -1}, {"step": 1.0}, {"finished": 1}, {"finished": None}, {"key": []}],
+)
+def test_a_crafted_checkpoint_says_nothing_about_the_progress(tmp_path, changes):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"key": "k", "step": 3, "finished": True})
+    assert runs._progress(path, "k") == (3, True)
+    save_checkpoint(path, {"key": "k", "step": 3, "finished": True} | changes)
+    assert runs._progress(path, "k") == (0, False)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from omni.errors import OmniError
+from omni.errors import DamagedError, OmniError
 from omni.store import (
     FORMAT_VERSION,
     Evidence,
@@ -88,6 +90,74 @@ def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text.encode("latin1"))
     with pytest.raises(OmniError, match="manifest.json is damaged"):
         Store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("frames", {"cuts": None}),
+        ("frames", {"cuts": [-1]}),
+        ("frames", {"cuts": [1.5]}),
+        ("frames", {"cuts": [1 << 70]}),
+        ("flow", {"provider": 3}),
+        ("flow", {"provider": ["dis"]}),
+        ("flow", {"pairs": [[0, 1, 2]]}),
+        ("flow", {"pairs": [0, 1]}),
+        ("flow", {"pairs": [[0, True]]}),
+        ("evidence", {"sigma": {"one": [0.3, 0.6]}}),
+        ("evidence", {"sigma": {"01": ["anything"]}}),
+        ("evidence", {"sigma": {"9" * 5000: [0.3, 0.6]}}),
+        ("evidence", {"sigma": 3}),
+        ("video", {"size": [1 << 14, 1 << 14]}),
+        ("video", {"size": [0, 4]}),
+        ("video", {"fps": "24"}),
+    ],
+)
+def test_what_a_crafted_manifest_notes_is_checked(small_store, tmp_path, stage, changes):
+    """With the right checksum."""
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    store = Store(run)
+    (store.manifest[stage] if stage == "video" else store.meta(stage)).update(changes)
+    store.note()
+    with pytest.raises(DamagedError, match="manifest.json"):
+        Store.open(run)
+    if stage != "video":
+        assert Store.create(run).manifest["stages"] == {}, "preprocessing starts anew"
+
+
+def outside(tmp_path):
+    """A file elsewhere that nothing may touch."""
+    path = tmp_path / "elsewhere"
+    path.write_bytes(b"keep" * 100)
+    return path
+
+
+@pytest.mark.parametrize("name", ["stage.done", "a.partial.npy", "stage.partial.json", "a.npy"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_link_in_the_store(tmp_path, name, link):
+    run, victim = tmp_path / "run", outside(tmp_path)
+    write_items(run, "k", [0, 2], stop=True)
+    planted, folder = run / "store" / name, run / "store"
+    if name == "a.npy":  # brought back as the stage's own, had it a header that fits
+        (folder / "a.partial.npy").replace(victim)
+    elif planted.suffix == ".npy" or name == "stage.done":
+        planted.replace(victim)
+    before = victim.read_bytes()
+    planted.unlink(missing_ok=True)
+    link(victim, planted)
+    write_items(run, "k", range(4))
+    assert victim.read_bytes() == before
+    assert Store(run).has("one", "k") and not (folder / "a.npy").is_symlink()
+
+
+def test_an_item_that_changes_before_its_stage_is_closed_is_not_blessed(tmp_path):
+    with pytest.raises(DamagedError, match="was changed while it was written"):
+        with Store(tmp_path).stage("one", "k", ARRAYS, 4) as stage:
+            for item in range(4):
+                stage.mark(item)
+            stage.arrays["a"][2] = 7
+    assert not Store(tmp_path).has("one")
+    assert write_items(tmp_path, "k", [2]) == [0, 1, 3]
 
 
 def test_a_manifest_of_a_newer_format_is_refused(tmp_path):

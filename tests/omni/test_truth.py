@@ -122,6 +122,18 @@ def test_a_damaged_pickle_is_one_clear_error(tmp_path, content):
         load_truth(path)
 
 
+def test_a_text_that_a_pickle_decodes_over_and_over_is_refused(tmp_path):
+    """A megabyte in the file, a terabyte in memory."""
+    text, million = b"x" * 1000000, 1 << 20
+    head = b"\x80\x04]\x94(c_codecs\nencode\n\x94X" + len(text).to_bytes(4, "little") + text
+    head += b"\x94X\x06\x00\x00\x00latin1\x94\x86R"
+    again = b"h\x01h\x02h\x03\x86R"
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(head + again * million + b"e.")
+    with pytest.raises(OmniError, match="only as many latin1 bytes as the file has"):
+        load_truth(path)
+
+
 def test_wrong_structure_says_what_is_missing(tmp_path):
     incomplete = {"goat": {"points": np.zeros((2, 3, 2))}}
     with pytest.raises(OmniError, match="clip goat lacks the arrays points and occluded"):
