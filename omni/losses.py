@@ -91,7 +91,8 @@ def surface_order(depth: Tensor, seen: Tensor, visible: Tensor, hidden: Tensor, 
 
     Args:
         depth: `(K, N)` depth of the followed point at the target.
-        seen: `(K, N)` surface map there.
+        seen: `(K, N)` surface map at the target: of visible points where it was measured, of
+            hidden ones where the field takes them.
         visible: `(K, N)` weight of points measured visible.
         hidden: `(K, N)` weight of points measured occluded (double cycle).
         margin: depth a hidden point must at least lie behind the surface.

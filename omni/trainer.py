@@ -215,7 +215,7 @@ class Trainer:
         weight = batch.visible + batch.hidden
         color = rays.composite_color()
         terms = {
-            "flow": losses.flow_robust(difference, batch.sigma, weight)
+            "flow": losses.flow_robust(difference, batch.sigma, batch.visible)
             if config.robust
             else losses.flow_absolute(difference, weight * self._pair_weight(batch)),
             "photometric": losses.photometric(color, batch.color),
@@ -223,11 +223,16 @@ class Trainer:
         }
         if self.field.surface is not None:
             own = self.field.surface.at(source, xy)
-            there = self.field.surface.at(target, normalize(batch.target_xy, size))
+            # Flow to a hidden point is its occluder's: what hides it is where the field takes it.
+            landed = reached.detach()[..., :2]
+            hidden = batch.hidden * (landed.abs() < 1).all(-1)
+            measured = normalize(batch.target_xy, size)
+            place = torch.where(hidden[..., None] > 0, landed, measured)
+            there = self.field.surface.at(target, place)
             margin = self.config.render.occlusion_margin
             terms["surface"] = losses.surface_map(own, rays.composite_depth())
             terms["surface"] = terms["surface"] + losses.surface_order(
-                reached[..., 2], there, batch.visible, batch.hidden, margin
+                reached[..., 2], there, batch.visible, hidden, margin
             )
         if config.acceleration.weight and self.store.num_frames > 2:
             terms["acceleration"] = self._acceleration(rays, source)
