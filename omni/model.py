@@ -62,7 +62,8 @@ class SurfaceMap(nn.Module):
         later = (first + 1).clamp(max=num_frames - 1)
         blend = (times - first)[:, None]
         position = ((xy + 1) * (cells / 2) - 0.5).clamp(0, cells - 1)
-        corner = position.detach().floor().clamp(max=cells - 2)
+        # Where a mapping has diverged the depth is nan, too; its index must not be.
+        corner = position.detach().nan_to_num().floor().clamp(0, cells - 2)
         fx, fy = (position - corner).unbind(-1)
         column, row = corner.long().unbind(-1)
         offset = row * cells + column

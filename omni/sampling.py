@@ -163,7 +163,7 @@ class CorrespondenceSampler:
         )
 
     def held_out(self, count: int, seed: int = 0) -> Batch:
-        """About `count` held-out correspondences, the same for a given seed; one per pair row."""
+        """About `count` held-out correspondences, visible and hidden; the same for a given seed."""
         generator = torch.Generator().manual_seed(seed)
         gaps, inverse = self.gaps.unique(return_inverse=True)
         per_gap = torch.bincount(inverse, minlength=len(gaps)).double()
@@ -178,10 +178,10 @@ class CorrespondenceSampler:
         x = torch.randint(self.width, (rows, over), generator=generator).to(self.device)
         y = torch.randint(self.height, (rows, over), generator=generator).to(self.device)
         k = k.to(self.device)
-        visible, _ = self._weights(k, x, y, held_out=True)
-        keep = visible.argsort(dim=1, descending=True, stable=True)[:, :points]
-        x, y, visible = x.gather(1, keep), y.gather(1, keep), visible.gather(1, keep)
-        return self._batch(k, x, y, visible, torch.zeros_like(visible))
+        visible, hidden = self._weights(k, x, y, held_out=True)
+        keep = (visible + hidden).argsort(dim=1, descending=True, stable=True)[:, :points]
+        x, y, visible, hidden = (values.gather(1, keep) for values in (x, y, visible, hidden))
+        return self._batch(k, x, y, visible, hidden)
 
     def report(self, batch: Batch, residual: Tensor) -> None:
         """Note the residuals `(K, N)` (in sigma) of a drawn batch for hard mining."""

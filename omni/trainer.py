@@ -39,8 +39,19 @@ HELD_OUT = 8192
 MAX_ROLLBACKS = 3
 """The fit ends when it would have to roll back once more."""
 
-MEASURES = ("median", "mean", "within_1px", "within_3px")
+MEASURES = ("median", "mean", "within_1px", "within_3px", "astray", "in_front")
 """What an evaluation says, by name."""
+
+JUDGED_AT = 0.2
+"""Share of the steps after which a fit that has gone wrong is started anew, once."""
+
+ASTRAY, MOST_ASTRAY = 16.0, 0.1
+"""Pixels at a short side of 256, and the largest share of held-out correspondences that may lie
+further off: an object that is in canonical space twice leaves all those between its two copies."""
+
+MOST_IN_FRONT = 0.4
+"""Largest share of held-out hidden points that may lie in front of what hides them. Fits of the
+development clips have .02 to .17 by then, even those that start from the opposite depths."""
 
 
 def fit_key(store: Store, config: Config, matches: Tracks | None = None) -> str:
@@ -82,10 +93,7 @@ class Trainer:
         self.path, self.on_scalars, self.on_images = checkpoint, on_scalars, on_images
         self.key = fit_key(store, config, matches)
         self.generator = torch.Generator().manual_seed(config.seed)
-        torch.manual_seed(config.seed)
-        self.field = Field(store.num_frames, config.model, config.render, device.type == "cuda")
-        self._initialize()
-        self.field.to(device)
+        self.field = self._new_field(config.seed)
         self.sampler = CorrespondenceSampler(
             store,
             config.sampling,
@@ -95,7 +103,7 @@ class Trainer:
             self._long_tracks(matches),
         )
         self.optimizer = self._make_optimizer()
-        self.step, self.rate, self.rollbacks = 0, 1.0, 0
+        self.step, self.rate, self.rollbacks, self.restarts = 0, 1.0, 0, 0
         self.history: list[dict[str, float]] = []
         self.judged = self.sampler.held_out(HELD_OUT, seed=config.seed)
         self._stop_signal: int | None = None
@@ -161,6 +169,9 @@ class Trainer:
             self.history.append({"step": self.step, **result})
             self.on_scalars(self.step, {f"held_out/{k}": v for k, v in result.items()})
             bar.set_postfix(held_out=f"{result['median']:.2f}px")
+            if self._gone_wrong(result):
+                self._start_anew(result)
+                bar.n = self.step
             self._good = self.state()
         if self.step % optim.image_every == 0 and not self.finished:
             self.on_images(self)
@@ -267,20 +278,52 @@ class Trainer:
         return torch.cos((gap - 1) / longest * (torch.pi / 2)).clamp(min=0)[:, None]
 
     @torch.no_grad()
-    def residuals(self, batch: Batch) -> Tensor:
-        """Errors `(K, N, 2)` in pixels of the field on measured correspondences."""
-        rays = self.field.cast(batch.source.float(), normalize(batch.xy, self.store.size))
-        reached, _ = self.field.follow(rays, batch.target.float())
-        return denormalize(reached[..., :2], self.store.size) - batch.target_xy
-
     def evaluate(self) -> dict[str, float]:
-        """Error on held-out correspondences: median in pixels, share within 1 and 3 pixels."""
-        distance = self.residuals(self.judged).norm(dim=-1)[self.judged.visible > 0]
+        """How well the field explains held-out correspondences, by the names of MEASURES.
+
+        Median and mean error in pixels, shares within 1 and 3 pixels and further off than ASTRAY,
+        and the share of hidden points that it has in front of what hides them.
+        """
+        batch, size = self.judged, self.store.size
+        target = batch.target.float()
+        rays = self.field.cast(batch.source.float(), normalize(batch.xy, size))
+        reached, _ = self.field.follow(rays, target)
+        landed = reached[..., :2]
+        distance = (denormalize(landed, size) - batch.target_xy).norm(dim=-1)[batch.visible > 0]
+        hidden = (batch.hidden > 0) & (landed.abs() < 1).all(-1)
+        nearest = self.field.seen_depth(target, landed) - self.config.render.occlusion_margin / 2
+        ahead = (reached[..., 2] < nearest)[hidden]
         if len(distance) == 0:
-            return dict(zip(MEASURES, (0.0, 0.0, 1.0, 1.0), strict=True))
-        within = [(distance < limit).float().mean() for limit in (1, 3)]
-        values = map(float, (distance.median(), distance.mean(), *within))
+            distance = torch.zeros(1)
+        marks = distance < 1, distance < 3, distance > ASTRAY * min(size) / 256
+        shares = [float(mark.float().mean()) for mark in marks]
+        in_front = float(ahead.float().mean()) if len(ahead) else 0.0
+        values = float(distance.median()), float(distance.mean()), *shares, in_front
         return dict(zip(MEASURES, values, strict=True))
+
+    def _gone_wrong(self, result: dict[str, float]) -> bool:
+        """Whether the fit, while it is early, shows that it needs another start."""
+        optim = self.config.optim
+        early = self.step <= JUDGED_AT * optim.steps < self.step + optim.evaluate_every
+        bad = result["astray"] > MOST_ASTRAY or result["in_front"] > MOST_IN_FRONT
+        return early and bad and self.restarts == 0
+
+    def _start_anew(self, result: dict[str, float]) -> None:
+        """Begin again from other weights, and from the opposite depths if the order is wrong."""
+        log.warning(
+            "step %d: %.0f %% of the held-out points lie far off, %.0f %% of the hidden ones in "
+            "front: starting the fit anew",
+            self.step,
+            100 * result["astray"],
+            100 * result["in_front"],
+        )
+        self.restarts, self.step, self.history = 1, 0, []
+        self.field = self._new_field(self.config.seed + 1000003)
+        if self.field.surface is not None and result["in_front"] > MOST_IN_FRONT:
+            with torch.no_grad():
+                self.field.surface.depth.neg_().add_(rendering.NEAR + rendering.FAR)
+        self.optimizer = self._make_optimizer()
+        self.sampler.residual.fill_(1)
 
     def _sound(self, result: dict[str, float]) -> bool:
         """Whether an evaluation and every parameter are finite: nothing else may be a result."""
@@ -297,6 +340,7 @@ class Trainer:
                 "step": self.step,
                 "rate": self.rate,
                 "rollbacks": self.rollbacks,
+                "restarts": self.restarts,
                 "history": self.history,
                 "field": self.field.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -346,7 +390,8 @@ class Trainer:
             ValueError, KeyError, TypeError, RuntimeError: its parts are not what they should be.
         """
         state = copy.deepcopy(state)
-        counts, rate, history = ("step", "rollbacks", "halvings"), state["rate"], state["history"]
+        counts = "step", "rollbacks", "restarts", "halvings"
+        rate, history = state["rate"], state["history"]
         if not all(is_count(state[name]) for name in counts):
             raise ValueError("a count is none")
         if type(rate) is not float or not 0 < rate <= 1:
@@ -361,7 +406,7 @@ class Trainer:
         restore_optimizer(self.optimizer, state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         self.step, self.history = state["step"], history
-        self.rate, self.rollbacks = rate, state["rollbacks"]
+        self.rate, self.rollbacks, self.restarts = rate, state["rollbacks"], state["restarts"]
         self.sampler.halvings = max(self.sampler.halvings, state["halvings"])
 
     def _finite(self, loss: Tensor) -> bool:
@@ -403,16 +448,19 @@ class Trainer:
         means = [entry["mean"] for entry in self.history]
         return min(means[-patience:]) > 0.99 * min(means[:-patience])
 
-    def _initialize(self) -> None:
-        """Start the global motion and the surface maps from the flows."""
-        motion = global_motion(self.store, self.config.flow.cycle_threshold)
+    def _new_field(self, seed: int) -> Field:
+        """Random weights; global motion and surface maps from the flows."""
+        config, store = self.config, self.store
+        torch.manual_seed(seed)
+        field = Field(store.num_frames, config.model, config.render, self.device.type == "cuda")
+        motion = global_motion(store, config.flow.cycle_threshold)
         with torch.no_grad():
-            if self.field.motion is not None:
-                self.field.motion.matrices.copy_(torch.from_numpy(motion))
-            if self.field.surface is not None:
-                cells = self.config.model.surface
-                depth = surface_depth(self.store, motion, cells)
-                self.field.surface.depth.copy_(torch.from_numpy(depth))
+            if field.motion is not None:
+                field.motion.matrices.copy_(torch.from_numpy(motion))
+            if field.surface is not None:
+                depth = surface_depth(store, motion, config.model.surface)
+                field.surface.depth.copy_(torch.from_numpy(depth))
+        return field.to(self.device)
 
     def _long_tracks(self, matches: Tracks | None) -> LongTracks | None:
         if not self.config.sampling.tracks:

@@ -52,7 +52,8 @@ def test_without_a_held_out_share_nothing_is_judged(small_store):
 def test_held_out_correspondences_are_the_same_for_a_seed_and_all_reliable(small_store):
     first, again = (sampler(small_store, seed, held_out=0.3).held_out(2000) for seed in (0, 9))
     assert same(first, again)
-    assert first.visible.mean() > 0.95 and not first.hidden.any()
+    assert (first.visible + first.hidden).mean() > 0.95
+    assert first.visible.mean() > 0.8 and first.hidden.any()
 
 
 def test_a_batch_measures_the_true_motion_at_pixel_centres(small_store, scene):

@@ -12,9 +12,10 @@ import torch
 
 from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.errors import DamagedError
+from omni.initialize import surface_depth
 from omni.readout import Reader
 from omni.signals import Interrupted
-from omni.trainer import MAX_ROLLBACKS, Trainer, fit_key
+from omni.trainer import MAX_ROLLBACKS, MOST_IN_FRONT, Trainer, fit_key
 
 CPU = torch.device("cpu")
 
@@ -109,6 +110,33 @@ def test_a_stopped_and_resumed_fit_equals_an_uninterrupted_one_bit_for_bit(
     second = trainer(small_store, tiny_config, path, **settings)
     second.run()
     assert differences(load_checkpoint(path), uninterrupted) == []
+
+
+def test_a_fit_with_the_wrong_depth_order_starts_anew_from_the_opposite_one(
+    small_store, small_config, tmp_path, monkeypatch, caplog
+):
+    """What moves is taken to be near; here it is not, and nothing may be learned."""
+
+    def opposite(store, motion, cells):
+        return 2 - surface_depth(store, motion, cells)
+
+    monkeypatch.setattr("omni.trainer.surface_depth", opposite)
+    still = dict(lr_mapping=0.0, lr_surface=0.0, lr_motion=0.0, lr_code=0.0)
+    settings = dict(steps=20, evaluate_every=4, patience=0, log_every=1, **still)
+    path, other = tmp_path / "checkpoint.pt", tmp_path / "other.pt"
+    run = trainer(small_store, small_config, path, **settings)
+    assert run.evaluate()["in_front"] > MOST_IN_FRONT
+    run.run()
+    assert run.restarts == 1 and "starting the fit anew" in caplog.text
+    assert run.history[-1]["in_front"] < MOST_IN_FRONT / 2
+    assert [entry["step"] for entry in run.history] == [4, 8, 12, 16, 20]
+
+    broken = trainer(small_store, small_config, other, **settings)
+    broken.on_scalars = lambda step, values: broken.restarts and os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    trainer(small_store, small_config, other, **settings).run()
+    assert differences(load_checkpoint(other), load_checkpoint(path)) == []
 
 
 @pytest.mark.parametrize("seconds", [0, 1e6], ids=["periodic save", "last save"])
