@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny video whose motion is known exactly, as frames, flows and a store."""
 
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,18 @@ SIGMA = (0.25, 0.6)
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_of_a_terminal():
+    """Under nohup or in the background of a script SIGHUP and SIGINT come ignored, and are so in
+    every process the tests start."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGHUP)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ def make_store(folder, flow_of, pairs=None, frames=FRAMES, video_size=SIZE):
     """A store whose flow of a pair is `flow_of(source, target)` at `pixel_centers(SIZE)`."""
     pairs = log_pairs(frames) if pairs is None else pairs
     store = Store(folder)
-    with store.stage("frames", "k", {"frames": ((frames, *SIZE, 3), np.uint8)}, 1):
-        pass
+    with store.stage("frames", "k", {"frames": ((frames, *SIZE, 3), np.uint8)}, 1) as stage:
+        stage.meta["cuts"] = []
     with store.stage("flow", "k", {"flow": ((len(pairs), *SIZE, 2), np.int16)}, 1) as stage:
         for k, pair in enumerate(pairs):
             stage.arrays["flow"][k] = encode_flow(np.broadcast_to(flow_of(*pair), (*SIZE, 2)))
-        stage.meta["pairs"] = pairs
+        stage.meta.update(pairs=[list(pair) for pair in pairs], provider="none")
     evidence = {"evidence": ((len(pairs), *SIZE), np.uint8)}
     with store.stage("evidence", "k", evidence, 1) as stage:
         gaps = {abs(target - source) for source, target in pairs}
