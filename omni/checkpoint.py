@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         if out_of_memory(error):
             raise
         raise DamagedError(f"{path} is damaged: delete it and run `omni fit` again") from None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # a tensor compares to a tensor
         raise OmniError(
             f"{path} was written by another version (format {version!r:.20}, this omni reads "
             f"{FORMAT_VERSION}): use that version, or delete it and run `omni fit`"

@@ -83,7 +83,15 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "state", [{"format_version": FORMAT_VERSION + 1}, {"step": 1}, [1, 2], 3.0]
+    "state",
+    [
+        {"format_version": FORMAT_VERSION + 1},
+        {"format_version": torch.ones(2)},
+        {"key": torch.ones(2)},
+        {"step": 1},
+        [1, 2],
+        3.0,
+    ],
 )
 def test_another_format_is_refused(tmp_path, state):
     path = tmp_path / "checkpoint.pt"
