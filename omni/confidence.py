@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import median_filter
 
-from omni.integration import LOOSE, LOST, STRICT, Chains
+from omni.integration import GUESSED, LOOSE, STRICT, Chains
 
 __all__ = ["CUES", "FIELD_CUES", "Judgement", "cues", "judge"]
 
@@ -62,7 +62,7 @@ def cues(
     """
     scale = 256 / short_side
     level = chains.level.T
-    strict, loose, lost = level == STRICT, level == LOOSE, level == LOST
+    strict, loose, lost = level == STRICT, level == LOOSE, level <= GUESSED
     sigma = np.where(lost, _FAR, np.minimum(chains.sigma.T * scale, _FAR))
     error = np.where(lost, _FAR, np.minimum(chains.error.T * scale, _FAR))
     times = np.arange(level.shape[1])

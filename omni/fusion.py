@@ -13,13 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni.camera import Camera
-from omni.integration import LOOSE, LOST, STRICT, Chains
+from omni.integration import GUESSED, LOOSE, STRICT, Chains
 from omni.smoothing import Curves, fit_curves
 
 __all__ = ["Path", "Witness", "bridge", "settle"]
 
 FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.25
-"""Standard deviation of the field: pixels, and pixels per root frame from the query."""
+"""Error of the field that is nothing unusual: pixels, and pixels per root frame from the query."""
+
+BEST_FIELD, APART_SHARE, UNKNOWN_APART = 0.3, 1.5, 2.0
+"""Standard deviation of the field for one point: at best, per pixel by which it is apart from the
+point's strict chain at the median, and pixels assumed where there is no strict chain."""
 
 PINNED = 100.0
 """Weight of the query itself: its position is given, not measured."""
@@ -67,10 +71,11 @@ def settle(chains: Chains, frames: np.ndarray, camera: Camera, field: Witness | 
     measured = camera.stabilize(chains.xy.transpose(1, 0, 2))
     if field is not None:
         field = Witness(camera.stabilize(field.xy), field.visibility)
-    xy = bridge(measured, level, None if field is None else field.xy)
+    dead = _dead_ends(level)
+    xy = bridge(measured, (level > GUESSED) | dead, None if field is None else field.xy)
     weight = np.select(
-        [level == STRICT, level == LOOSE],
-        [1 / (0.09 + deviation**2), 0.1 / (4 + deviation**2)],
+        [level == STRICT, level == LOOSE, dead],
+        [1 / (0.09 + deviation**2), 0.1 / (4 + deviation**2), 0.02],
         1e-4 if field is None else 0.05,
     )
     if field is not None:
@@ -79,7 +84,7 @@ def settle(chains: Chains, frames: np.ndarray, camera: Camera, field: Witness | 
     return Path(fit_curves(xy, weight), camera)
 
 
-def bridge(xy: np.ndarray, level: np.ndarray, field: np.ndarray | None) -> np.ndarray:
+def bridge(xy: np.ndarray, known: np.ndarray, field: np.ndarray | None) -> np.ndarray:
     """Positions in every frame: the chain's where it is known, bridged in between.
 
     Without a field the bridge is a straight line in time; with one it is the field's path plus
@@ -88,15 +93,25 @@ def bridge(xy: np.ndarray, level: np.ndarray, field: np.ndarray | None) -> np.nd
 
     Args:
         xy: (N, T, 2) chain positions.
-        level: (N, T) levels of trust, known above LOST.
+        known: (N, T) bool.
         field: (N, T, 2) or None.
     """
-    known = level > LOST
     offset = xy if field is None else xy - field
     bridged = _interpolated(offset, known)
     if field is not None:
         bridged = bridged + field
     return np.where(known[..., None], xy, bridged).astype(np.float32)
+
+
+def _dead_ends(level: np.ndarray) -> np.ndarray:
+    """`(N, T)` guesses before the first and after the last known frame of each point.
+
+    In between a bridge knows better: there a guess follows whatever hides the point.
+    """
+    known = level > GUESSED
+    before = np.maximum.accumulate(known, axis=1)
+    after = np.maximum.accumulate(known[:, ::-1], axis=1)[:, ::-1]
+    return (level == GUESSED) & ~(before & after)
 
 
 def _with_field(
@@ -109,12 +124,16 @@ def _with_field(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inverse-variance mean with the field, where the chain is known and the two agree.
 
-    The field's error grows with time. Bridged frames already follow it.
+    How good the field is for a point shows where the chain is strict. Bridged frames already
+    follow it.
     """
     times = np.arange(xy.shape[1])
-    spread = FIELD_FLOOR + FIELD_GROWTH * np.sqrt(np.abs(times - frames[:, None]))
+    usual = FIELD_FLOOR + FIELD_GROWTH * np.sqrt(np.abs(times - frames[:, None]))
     apart = np.linalg.norm(xy - field.xy, axis=-1)
-    agree = (level > LOST) & (apart < 3 * np.hypot(deviation, spread))
+    agree = (level > GUESSED) & (apart < 3 * np.hypot(deviation, usual))
+    strict = level == STRICT
+    typical = np.ma.median(np.ma.array(apart, mask=~strict), axis=1).filled(UNKNOWN_APART)
+    spread = np.hypot(BEST_FIELD, APART_SHARE * typical)[:, None]
     extra = np.where(agree, 1 / spread**2, 0)
     total = weight + extra
     return (weight[..., None] * xy + extra[..., None] * field.xy) / total[..., None], total

@@ -24,8 +24,9 @@ from omni.store import UNKNOWN
 
 __all__ = ["Chains", "fuse", "integrate"]
 
-LOST, LOOSE, STRICT = 0, 1, 2
-"""Levels of trust: no chain; every link closes loosely; every link closes within STRICT_ERROR."""
+LOST, GUESSED, LOOSE, STRICT = 0, 1, 2, 3
+"""Levels of trust: no chain; some link does not close, so that a point may have gone over to
+another surface; every link closes loosely; every link closes within STRICT_ERROR."""
 
 STRICT_ERROR = 0.4
 LOOSE_ERROR, LOOSE_SHARE = 3.0, 0.03
@@ -168,7 +169,7 @@ class _Job:
             level = np.where(
                 error < STRICT_ERROR,
                 STRICT,
-                np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, LOST),
+                np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, GUESSED),
             )
             before, link = chains.sigma[source, rows], links.sigma(gap, error)
             before = before * np.clip(stretch, 1, LARGEST_STRETCH)

@@ -1,7 +1,8 @@
 """Dense flow without any weights: OpenCV's DIS, refined, then sharpened at motion borders.
 
 The constants were selected by measurement (docs/experiments.md). Refinement fills textureless
-areas, sharpening takes back what it smears across borders, composed starts make far flows usable.
+areas, block matching finds small objects that move far, sharpening takes back what refinement
+smears across borders, composed starts make far flows usable.
 """
 
 from collections.abc import Sequence
@@ -9,16 +10,20 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from preprocess.blockmatch import block_match
 from preprocess.motion import Motion
 from preprocess.photoconsistency import PhotoConsistency
 
 __all__ = ["DisFlow"]
 
 _NEAR_SCALES = (0.25, 0.31, 0.38, 0.46, 0.57, 0.7, 0.85, 1.0)
-_FAR_SCALES = (0.5, 0.6, 0.7, 0.85, 1.0)
+_RESTART_SCALES = (0.5, 0.6, 0.7, 0.85, 1.0)
+_FAR_SCALES = (0.7, 0.85, 1.0)  # coarser ones lose again what a composed start has found
 _SMALLEST_SIDE = 32  # DIS refuses less than about 12 pixels, and the coarsest scale is a quarter
 _UNGUIDED = 2.0  # grey levels by which search without a start must win over the one with it
+_MATCHED, _RESTARTED = 0.5, 0.1  # grey levels by which block matching must win, raw and refined
 _POLISHED = -0.3  # grey levels by which the last smoothing may lose: it lets cycles close
+_NARROW = 1.0  # grey levels by which flow must win in a narrow window
 _STRONG, _LIGHT = (5, 25), (3, 5)  # fixed-point and relaxation iterations
 
 
@@ -38,7 +43,7 @@ class DisFlow:
     judges = False
 
     def __init__(self, refine: bool = True, workers: int = 1):
-        self.name = "dis-sharp" if refine else "dis"
+        self.name = "dis-wide" if refine else "dis"
         self.workers = workers
         self._refine = refine
 
@@ -54,18 +59,27 @@ class DisFlow:
         """
         height, width = image1.shape[:2]
         pad = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
-        gray1, gray2 = (_pad(cv2.cvtColor(i, cv2.COLOR_RGB2GRAY), pad) for i in (image1, image2))
-        likeness = PhotoConsistency(_pad(image1, pad), _pad(image2, pad))
-        flow = _search(gray1, gray2)
-        if start is not None:
+        images = _pad(image1, pad), _pad(image2, pad)
+        grays = tuple(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images)
+        likeness = PhotoConsistency(*images)
+        found = _search(*grays)
+        if start is None:
+            flow, scales = found, _NEAR_SCALES
+        else:
             start = _pad(start, pad)
-            guided = _search(gray1, gray2, start.copy())
-            flow = likeness.choose([start, guided, flow], [0, 0, _UNGUIDED])
+            guided = _search(*grays, start.copy())
+            flow = likeness.choose([start, guided, found], [0, 0, _UNGUIDED])
+            scales = _FAR_SCALES
         if self._refine:
-            flow = _refine(gray1, gray2, flow, _NEAR_SCALES if start is None else _FAR_SCALES)
+            flow = _refine(*grays, flow, scales)
+            if start is None:
+                matched = likeness.choose([found, block_match(*images)], [0, _MATCHED])
+                other = _refine(*grays, likeness.spread(matched), _RESTART_SCALES)
+                flow = likeness.choose([flow, other], [0, _RESTARTED])
             flow = likeness.spread(flow)
-            polished = _solve(_smooth(gray1), _smooth(gray2), flow, *_LIGHT)
+            polished = _solve(*map(_smooth, grays), flow, *_LIGHT)
             flow = likeness.choose([flow, polished], [0, _POLISHED])
+            flow = PhotoConsistency(*images, radius=1).spread(flow, _NARROW)
         return np.ascontiguousarray(flow[:height, :width])
 
     def estimate_batch(

@@ -13,14 +13,12 @@ import numpy as np
 
 from preprocess.warp import sample
 
-__all__ = ["PhotoConsistency"]
+__all__ = ["PhotoConsistency", "difference", "features"]
 
-_RADIUS = 3  # pixels of the window, taken twice
 _SOFTNESS = 25.0  # grey levels squared: weaker edges do not divide
 _CAPS = 24.0, 8.0  # of colour and gradient, grey levels: more is an occlusion or a highlight
 _COLOR_SHARE = 0.5  # colour changes with the light, gradients hardly do
 _REACHES = (12, 6, 3)  # pixels from which flow is taken over, in turn
-_HANDICAP = 0.2  # grey levels by which another pixel's flow must win over the own one
 
 
 class PhotoConsistency:
@@ -32,25 +30,29 @@ class PhotoConsistency:
     Args:
         image1: source, `(h, w, 3)` uint8 RGB.
         image2: target, likewise.
+        radius: pixels of the window, taken twice. A wide one judges safely, a narrow one sees
+            wires and spokes.
     """
 
-    def __init__(self, image1: np.ndarray, image2: np.ndarray):
-        self._source, self._target = _features(image1), _features(image2)
+    def __init__(self, image1: np.ndarray, image2: np.ndarray, radius: int = 3):
+        self._box = (2 * radius + 1,) * 2
+        self._source, self._target = features(image1), features(image2)
         self._guide = self._source[..., 0].astype(np.float32)
-        self._mean = _window(self._guide)
-        self._variance = _window(self._guide**2) - self._mean**2 + _SOFTNESS
+        self._mean = self._window(self._guide)
+        self._variance = self._window(self._guide**2) - self._mean**2 + _SOFTNESS
 
     def cost(self, flow: np.ndarray) -> np.ndarray:
         """`(h, w)` grey levels by which the surroundings of a pixel differ under its flow.
 
         The average is a guided filter with the source as its guide (He et al., TPAMI 2013).
         """
-        difference = cv2.absdiff(self._source, sample(self._target, flow)).astype(np.float32)
-        color, gradient = cv2.split(cv2.transform(difference, _PAIRS))
-        cost = _COLOR_SHARE * np.minimum(color, _CAPS[0]) + np.minimum(gradient, _CAPS[1])
-        mean = _window(cost)
-        slope = (_window(cost * self._guide) - self._mean * mean) / self._variance
-        return _window(slope) * self._guide + _window(mean - slope * self._mean)
+        cost = difference(self._source, sample(self._target, flow))
+        mean = self._window(cost)
+        slope = (self._window(cost * self._guide) - self._mean * mean) / self._variance
+        return self._window(slope) * self._guide + self._window(mean - slope * self._mean)
+
+    def _window(self, values):
+        return cv2.blur(values, self._box)
 
     def choose(self, flows: Sequence[np.ndarray], handicaps: Sequence[float]) -> np.ndarray:
         """Per pixel the flow `(h, w, 2)` of least cost; the first of equals.
@@ -62,9 +64,12 @@ class PhotoConsistency:
         costs = [self.cost(flow) + extra for flow, extra in zip(flows, handicaps, strict=True)]
         return np.choose(np.argmin(costs, axis=0)[..., None], flows)
 
-    def spread(self, flow: np.ndarray) -> np.ndarray:
-        """`flow` `(h, w, 2)`, where a pixel up to 21 away has a better one replaced by that."""
-        least = self.cost(flow) - _HANDICAP
+    def spread(self, flow: np.ndarray, handicap: float = 0.2) -> np.ndarray:
+        """`flow` `(h, w, 2)`, where a pixel up to 21 away has a better one replaced by that.
+
+        Better means by `handicap` grey levels.
+        """
+        least = self.cost(flow) - handicap
         for reach in _REACHES:
             for other in _neighbours(flow, reach):
                 cost = self.cost(other)
@@ -76,7 +81,7 @@ class PhotoConsistency:
 _PAIRS = np.float32([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])  # channels of colour, of gradient
 
 
-def _features(image):
+def features(image: np.ndarray) -> np.ndarray:
     """Grey, red minus blue and the two gradients, `(h, w, 4)` uint8: bytes are fast to sample."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     slopes = (cv2.Sobel(gray, cv2.CV_16S, *axes, ksize=3) // 4 for axes in ((1, 0), (0, 1)))
@@ -85,8 +90,11 @@ def _features(image):
     return cv2.merge([gray, *(np.clip(v + 128, 0, 255).astype(np.uint8) for v in signed)])
 
 
-def _window(values):
-    return cv2.blur(values, (2 * _RADIUS + 1, 2 * _RADIUS + 1))
+def difference(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """`(h, w)` float32 grey levels between two `(h, w, 4)` `features`, pixel by pixel, capped."""
+    both = cv2.transform(cv2.absdiff(source, target).astype(np.float32), _PAIRS)
+    color, gradient = cv2.split(both)
+    return _COLOR_SHARE * np.minimum(color, _CAPS[0]) + np.minimum(gradient, _CAPS[1])
 
 
 def _neighbours(flow, reach):

@@ -27,7 +27,7 @@ LARGEST = 2.0
 NOISE = 0.15
 """Pixels added to every floor: the clips of the calibration have no sensor noise."""
 
-FAMILIAR = "dis-sharp"
+FAMILIAR = "dis-wide"
 """The provider whose numbers stand in for one that nobody calibrated."""
 
 _STRIDE = 5  # pixels between the points at which cycles are closed

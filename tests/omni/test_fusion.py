@@ -3,7 +3,7 @@ import pytest
 
 from omni.camera import Camera
 from omni.fusion import Witness, bridge, settle
-from omni.integration import LOOSE, LOST, STRICT, Chains
+from omni.integration import GUESSED, LOOSE, LOST, STRICT, Chains
 
 FRAMES = 20
 TIMES = np.arange(FRAMES)
@@ -37,7 +37,7 @@ def spoilt(xy, level, by=70.0):
 def chains_of(xy, level, frames, sigma=0.3):
     """States as `integrate` leaves them."""
     chains = Chains.start(FRAMES, frames, xy[np.arange(len(xy)), frames].astype(np.float32))
-    known = level > LOST
+    known = level > GUESSED
     chains.xy[:] = xy.transpose(1, 0, 2)
     chains.level[:] = level.T
     chains.sigma[:] = np.where(known, np.where(level == STRICT, sigma, 3.0), np.inf).T
@@ -56,13 +56,13 @@ def witness(xy):
 def test_a_field_off_by_a_constant_or_drifting_offset_bridges_a_gap_exactly(drift):
     truth, level = path(), levels()
     field = truth + [4.0, -3.0] + drift * TIMES[:, None]
-    np.testing.assert_allclose(bridge(spoilt(truth, level), level, field), truth, atol=1e-4)
+    np.testing.assert_allclose(bridge(spoilt(truth, level), level > LOST, field), truth, atol=1e-4)
 
 
 def test_without_a_field_the_bridge_is_a_straight_line_in_time():
     level = levels()
-    np.testing.assert_allclose(bridge(spoilt(line(), level), level, None), line(), atol=1e-4)
-    curved = bridge(spoilt(path(), level), level, None)
+    np.testing.assert_allclose(bridge(spoilt(line(), level), level > LOST, None), line(), atol=1e-4)
+    curved = bridge(spoilt(path(), level), level > LOST, None)
     np.testing.assert_allclose(np.diff(curved[:, 6:14], 2, axis=1), 0, atol=1e-4)
     np.testing.assert_allclose(curved[:, [6, 13]], path()[:, [6, 13]], atol=1e-4)
 
@@ -71,10 +71,10 @@ def test_beyond_the_known_frames_position_or_offset_is_held():
     truth = path()
     level = np.full((4, FRAMES), LOST)
     level[:, 5:10] = STRICT
-    plain = bridge(spoilt(truth, level), level, None)
+    plain = bridge(spoilt(truth, level), level > LOST, None)
     np.testing.assert_allclose(plain[:, :5], np.repeat(truth[:, 5:6], 5, 1), atol=1e-4)
     np.testing.assert_allclose(plain[:, 10:], np.repeat(truth[:, 9:10], 10, 1), atol=1e-4)
-    guided = bridge(spoilt(truth, level), level, truth + [3.0, 8.0])
+    guided = bridge(spoilt(truth, level), level > LOST, truth + [3.0, 8.0])
     np.testing.assert_allclose(guided, truth, atol=1e-4)
 
 
@@ -82,9 +82,15 @@ def test_a_bridge_meets_several_gaps_of_each_track_on_their_own():
     truth = path()
     level = np.where(np.random.default_rng(1).uniform(size=(4, FRAMES)) < 0.5, LOST, STRICT)
     level[:, 3] = STRICT
-    np.testing.assert_allclose(bridge(spoilt(truth, level), level, truth - 2.0), truth, atol=1e-4)
-    alone = [bridge(spoilt(truth, level)[n : n + 1], level[n : n + 1], None) for n in range(4)]
-    np.testing.assert_array_equal(bridge(spoilt(truth, level), level, None), np.concatenate(alone))
+    np.testing.assert_allclose(
+        bridge(spoilt(truth, level), level > LOST, truth - 2.0), truth, atol=1e-4
+    )
+    alone = [
+        bridge(spoilt(truth, level)[n : n + 1], level[n : n + 1] > LOST, None) for n in range(4)
+    ]
+    np.testing.assert_array_equal(
+        bridge(spoilt(truth, level), level > LOST, None), np.concatenate(alone)
+    )
 
 
 @pytest.mark.parametrize("with_field", [False, True])
@@ -157,6 +163,31 @@ def test_a_point_known_at_its_query_alone_stays_there_or_follows_the_field():
     np.testing.assert_allclose(still, np.repeat(query[:, None], FRAMES, 1), atol=0.01)
     followed = settle(chains, frames, STILL, witness(truth + 5)).at(TIMES)
     assert np.linalg.norm(followed - truth, axis=-1).mean() < 0.3
+
+
+@pytest.mark.parametrize("with_field", [False, True])
+def test_a_guess_leads_on_where_nothing_else_does_but_never_across_a_gap(with_field):
+    truth, frames = line(), np.full(4, 5)
+    level = np.full((4, FRAMES), STRICT)
+    level[:, GAP] = level[:, 16:] = GUESSED
+    guess = truth.copy()
+    guess[:, GAP] += 6
+    field = witness(np.repeat(truth[:, 5:6], FRAMES, 1)) if with_field else None
+    curves = settle(chains_of(guess, level, frames), frames, STILL, field).at(TIMES)
+    error = np.linalg.norm(curves - truth, axis=-1)
+    assert error[:, 16:].max() < 0.3, "followed to the end"
+    assert error[:, GAP].max() < 2, "bridged: there a guess follows what hides the point"
+
+
+def test_a_field_counts_less_for_points_that_it_gets_wrong_elsewhere():
+    truth, frames = line(), np.zeros(4, int)
+    level, pulled = np.full((4, FRAMES), STRICT), []
+    for before in (0.0, 1.2):
+        field = truth + 1.2
+        field[:, :12] = truth[:, :12] + before
+        curves = settle(chains_of(truth, level, frames), frames, STILL, witness(field)).at(TIMES)
+        pulled.append(np.linalg.norm(curves - truth, axis=-1)[:, 12:].mean())
+    assert pulled[1] < 0.6 * pulled[0]
 
 
 @pytest.fixture(scope="module")

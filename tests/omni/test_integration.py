@@ -3,7 +3,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from omni.integration import LOOSE, LOST, STRICT, STRICT_ERROR, Chains, fuse, integrate
+from omni.integration import (
+    GUESSED,
+    LOOSE,
+    LOST,
+    STRICT,
+    STRICT_ERROR,
+    Chains,
+    fuse,
+    integrate,
+)
 from omni.links import Links
 from preprocess.pairs import schedule
 
@@ -248,6 +257,19 @@ def test_a_strict_candidate_is_not_mixed_with_a_loose_one(write_store, tmp_path)
     chains = integrate(links, np.zeros(1, int), xy)
     assert (chains.level[:, 0] == STRICT).all()
     np.testing.assert_allclose(chains.xy[2], [[9, 8]], atol=1e-3)
+
+
+def test_where_no_link_closes_the_flow_is_followed_as_a_guess(write_store, tmp_path):
+    size, xy = (16, 16), np.array([[5, 8]], np.float32)
+    motion = {(0, 1): 2.0, (1, 0): -2.0, (1, 2): 3.0, (2, 1): 4.0, (2, 3): 1.0, (3, 2): -1.0}
+    flows = {pair: np.full((*size, 2), (x, 0.0)) for pair, x in motion.items()}
+    frames = np.zeros((4, *size, 3), np.uint8)
+    chains = integrate(
+        Links(write_store(tmp_path, frames, list(motion), flows)), np.zeros(1, int), xy
+    )
+    assert chains.level[:, 0].tolist() == [STRICT, STRICT, GUESSED, GUESSED]
+    np.testing.assert_allclose(chains.xy[2:, 0], [[10, 8], [11, 8]], atol=1e-3)
+    assert chains.sigma[3, 0] > chains.sigma[2, 0] > 5 * chains.sigma[1, 0]
 
 
 @pytest.mark.parametrize("frame", [0, 15])

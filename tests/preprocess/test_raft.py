@@ -104,7 +104,7 @@ def test_without_any_weights_one_sentence_says_what_to_do(offline):
 
 def test_auto_falls_back_to_dis_without_any_weights(offline, caplog):
     caplog.set_level("INFO", "preprocess")
-    assert resolve_provider(FlowConfig("auto"), "cuda").name == "dis-sharp"
+    assert resolve_provider(FlowConfig("auto"), "cuda").name == "dis-wide"
     assert "flow: DIS (RAFT weights are neither cached" in caplog.text
 
 
@@ -168,16 +168,16 @@ def test_plain_weights_judge_nothing(weights):
 
 def test_auto_takes_dis_on_a_cpu(weights):
     provider = resolve_provider(FlowConfig("auto", weights=str(weights), raft="small"), "cpu")
-    assert provider.name == "dis-sharp"
+    assert provider.name == "dis-wide"
 
 
 def test_auto_keeps_finished_flow_of_either_kind():
     assert accepts(FlowConfig("auto"), "raft-large-0123abcd")
-    assert accepts(FlowConfig("auto"), "dis-sharp")
-    assert not accepts(FlowConfig("auto", refine=False), "dis-sharp")
+    assert accepts(FlowConfig("auto"), "dis-wide")
+    assert not accepts(FlowConfig("auto", refine=False), "dis-wide")
     assert not accepts(FlowConfig("auto", raft="small"), "raft-large-0123abcd")
     assert not accepts(FlowConfig("dis"), "raft-large-0123abcd")
-    assert not accepts(FlowConfig("raft"), "dis-sharp")
+    assert not accepts(FlowConfig("raft"), "dis-wide")
 
 
 def test_finished_flow_of_a_weights_file_that_is_gone_is_kept_and_said(tmp_path, caplog):
@@ -187,7 +187,7 @@ def test_finished_flow_of_a_weights_file_that_is_gone_is_kept_and_said(tmp_path,
         assert "gone.pth is gone: keeping finished raft-small-0123abcd" in caplog.text
         caplog.clear()
         assert not accepts(flow, "raft-large-0123abcd")
-        assert accepts(flow, "dis-sharp") == (provider == "auto")
+        assert accepts(flow, "dis-wide") == (provider == "auto")
         assert not caplog.text
 
 

@@ -13,7 +13,7 @@ SIZE = (40, 48)
 def noisy_store(write_store, tmp_path):
     """Flows of a still scene with Gaussian errors of a given size, and the store's lines."""
 
-    def make(deviation, provider="dis-sharp"):
+    def make(deviation, provider="dis-wide"):
         rng = np.random.default_rng(0)
         pairs = [tuple(map(int, pair)) for pair in schedule(17, "log", 8)]
         flows = {pair: rng.normal(0, deviation, (*SIZE, 2)).astype(np.float32) for pair in pairs}
@@ -27,13 +27,13 @@ def noisy_store(write_store, tmp_path):
 
 
 def test_every_gap_has_a_line_and_unknown_ones_that_of_the_nearest():
-    lines = calibrated("dis-sharp", [1, 2, 3, 32, 64])
+    lines = calibrated("dis-wide", [1, 2, 3, 32, 64])
     assert all(floor > 0 and slope > 0 and cycle >= 0 for floor, slope, cycle in lines.values())
-    assert lines[64] == lines[32] and lines[3] in (lines[2], calibrated("dis-sharp", [4])[4])
+    assert lines[64] == lines[32] and lines[3] in (lines[2], calibrated("dis-wide", [4])[4])
 
 
 def test_a_provider_nobody_calibrated_gets_the_familiar_numbers():
-    assert calibrated("raft-large-12345678", GAPS) == calibrated("dis-sharp", GAPS)
+    assert calibrated("raft-large-12345678", GAPS) == calibrated("dis-wide", GAPS)
 
 
 def test_a_noisier_video_gets_a_larger_sigma_and_a_cleaner_one_a_smaller(noisy_store):
@@ -41,7 +41,7 @@ def test_a_noisier_video_gets_a_larger_sigma_and_a_cleaner_one_a_smaller(noisy_s
     for deviation in (0.001, 0.05, 0.2):
         store = noisy_store(deviation)
         lines = corrected(store, store.evidence, 1.5)
-        factors = [lines[g][1] / calibrated("dis-sharp", GAPS)[g][1] for g in GAPS]
+        factors = [lines[g][1] / calibrated("dis-wide", GAPS)[g][1] for g in GAPS]
         assert all(1 / LARGEST - 0.01 <= factor <= LARGEST + 0.01 for factor in factors)
         floors.append(np.mean(factors))
     assert floors[0] < 0.6 and floors[2] > 1.2 and floors[0] < floors[1] < floors[2]

@@ -1,0 +1,52 @@
+import cv2
+import numpy as np
+import pytest
+
+from preprocess.blockmatch import block_match
+from preprocess.dis import DisFlow
+
+SQUARE = np.s_[100:124, 60:84]
+INNER = np.s_[104:120, 64:80]
+
+
+def texture(seed, size=(256, 320)):
+    noise = np.random.default_rng(seed).uniform(0, 255, (*size, 3)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 1.5)
+    return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+def sliding(motion):
+    """Two frames of a small square on a background that stands still."""
+    first, cover = texture(0), texture(1)
+    second, (dx, dy) = first.copy(), motion
+    first[SQUARE] = cover[SQUARE]
+    second[100 + dy : 124 + dy, 60 + dx : 84 + dx] = cover[SQUARE]
+    return first, second
+
+
+@pytest.mark.parametrize("motion", [(30, 0), (-26, 18), (2, -32)])
+def test_a_small_object_is_found_as_far_as_the_reach_says(motion):
+    flow = block_match(*sliding(motion))
+    assert flow.shape == (256, 320, 2) and flow.dtype == np.float32
+    assert np.abs(np.median(flow[INNER], axis=(0, 1)) - motion).max() <= 1
+    assert np.median(np.abs(flow[:90]), axis=(0, 1)).max() == 0, "the background stands still"
+
+
+def test_at_other_sizes_the_reach_is_the_same_share_of_the_short_side():
+    large = [cv2.resize(image, (640, 512)) for image in sliding((30, 0))]
+    flow = block_match(*large)
+    assert np.abs(np.median(flow[208:240, 128:160], axis=(0, 1)) - (60, 0)).max() <= 2
+
+
+def test_where_there_is_no_texture_nothing_moves():
+    gray = np.full((70, 90, 3), 120, np.uint8)
+    assert (block_match(gray, gray) == 0).all()
+
+
+def test_flow_of_a_small_object_that_moves_by_more_than_its_size_is_exact():
+    """From coarse to fine alone it is lost: at the scale of its motion it is not there."""
+    motion = np.float32([-26, 18])
+    flow = DisFlow().estimate(*sliding((-26, 18)))
+    assert np.median(np.linalg.norm(flow[INNER] - motion, axis=-1)) < 0.1
+    coarse_to_fine = DisFlow(refine=False).estimate(*sliding((-26, 18)))
+    assert np.median(np.linalg.norm(coarse_to_fine[INNER] - motion, axis=-1)) > 5
