@@ -75,7 +75,7 @@ def settle(chains: Chains, frames: np.ndarray, camera: Camera, field: Witness | 
     xy = bridge(measured, (level > GUESSED) | dead, None if field is None else field.xy)
     weight = np.select(
         [level == STRICT, level == LOOSE, dead],
-        [1 / (0.09 + deviation**2), 0.1 / (4 + deviation**2), 0.02],
+        [1 / (0.09 + deviation**2), 0.3 / (4 + deviation**2), 0.02],
         1e-4 if field is None else 0.05,
     )
     if field is not None:

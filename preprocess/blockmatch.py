@@ -22,7 +22,7 @@ _DISPLACEMENTS = _STEPS[np.argsort((_STEPS**2).sum(-1), kind="stable")]
 
 
 def block_match(image1: np.ndarray, image2: np.ndarray) -> np.ndarray:
-    """Flow `(h, w, 2)` float32 pixels, up to an eighth of the short side along each axis.
+    """Flow `(h, w, 2)` float32 pixels, up to about an eighth of the short side along each axis.
 
     Args:
         image1: source, `(h, w, 3)` uint8 RGB, 2 pixels wide and high at least.

@@ -35,9 +35,9 @@ RELIABLE = 1.5
 """forward-backward error in pixels up to which a flow's sigma is fitted"""
 WITHIN = 6.0
 """pixels within which a visible point counts as trusted"""
-THRESHOLDS = {"chains": 0.22, "fused": 0.35}
-"""least P(visible and within 6 px) of a point called visible. J / (1 + J) = 0.375 is best for AJ at
-J = 0.6; chains trade one point of AJ for one of OA"""
+THRESHOLDS = {"chains": 0.22, "fused": 0.4}
+"""least P(visible and within 6 px) of a point called visible. J / (1 + J) = 0.4 is best for AJ at
+J = 0.67; chains trade one point of AJ for one of OA"""
 QUANTILES = ((0.72, 1, 0.5), (0.94, 2, 1.0))
 """share of errors to lie within so many sigma, and weight: errors have heavier tails than a
 Gaussian, whose shares would be 0.68 and 0.95"""
