@@ -2,8 +2,9 @@
 
 The chain is exact to a fraction of a pixel while every link closes, and knows when it is lost. The
 field always answers, smoothly, from everything it saw. So the chain says where a point is while it
-is trusted, and the field bridges the rest, shifted to meet the chain at both ends. What their
-disagreement means for visibility is judged in `omni.confidence`.
+is trusted, and the field bridges the rest, shifted to meet the chain at both ends; beyond the last
+trusted frame the chain's guess leads on. What their disagreement means for visibility is judged in
+`omni.confidence`.
 
 Letters: N points, T frames. Raster pixels of the processing resolution.
 """
