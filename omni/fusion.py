@@ -19,12 +19,12 @@ from omni.smoothing import Curves, fit_curves
 
 __all__ = ["Path", "Witness", "bridge", "settle"]
 
-FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.25
+FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.2
 """Error of the field that is nothing unusual: pixels, and pixels per root frame from the query."""
 
 BEST_FIELD, APART_SHARE, UNKNOWN_APART = 0.3, 1.5, 2.0
-"""Standard deviation of the field for one point: at best, per pixel by which it is apart from the
-point's strict chain at the median, and pixels assumed where there is no strict chain."""
+"""Standard deviation of the field for one point, which grows likewise: at best, per pixel by which
+it is apart from the point's strict chain at the median, and pixels where there is no such chain."""
 
 PINNED = 100.0
 """Weight of the query itself: its position is given, not measured."""
@@ -125,17 +125,16 @@ def _with_field(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inverse-variance mean with the field, where the chain is known and the two agree.
 
-    How good the field is for a point shows where the chain is strict. Bridged frames already
-    follow it.
+    How good the field is for a point shows where the chain is strict, and gets worse with time.
+    Bridged frames already follow it.
     """
-    times = np.arange(xy.shape[1])
-    usual = FIELD_FLOOR + FIELD_GROWTH * np.sqrt(np.abs(times - frames[:, None]))
+    growth = FIELD_GROWTH * np.sqrt(np.abs(np.arange(xy.shape[1]) - frames[:, None]))
     apart = np.linalg.norm(xy - field.xy, axis=-1)
-    agree = (level > GUESSED) & (apart < 3 * np.hypot(deviation, usual))
+    agree = (level > GUESSED) & (apart < 3 * np.hypot(deviation, FIELD_FLOOR + growth))
     strict = level == STRICT
     typical = np.ma.median(np.ma.array(apart, mask=~strict), axis=1).filled(UNKNOWN_APART)
-    spread = np.hypot(BEST_FIELD, APART_SHARE * typical)[:, None]
-    extra = np.where(agree, 1 / spread**2, 0)
+    variance = BEST_FIELD**2 + (APART_SHARE * typical[:, None]) ** 2 + growth**2
+    extra = np.where(agree, 1 / variance, 0)
     total = weight + extra
     return (weight[..., None] * xy + extra[..., None] * field.xy) / total[..., None], total
 
