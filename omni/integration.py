@@ -25,8 +25,8 @@ from omni.store import UNKNOWN
 __all__ = ["Chains", "fuse", "integrate"]
 
 LOST, GUESSED, LOOSE, STRICT = 0, 1, 2, 3
-"""Levels of trust: no chain; some link does not close, so that a point may have gone over to
-another surface; every link closes loosely; every link closes within STRICT_ERROR."""
+"""Levels of trust: no chain; some adjacent link does not close, so that a point may have gone over
+to another surface; every link closes loosely; every link closes within STRICT_ERROR."""
 
 STRICT_ERROR = 0.4
 LOOSE_ERROR, LOOSE_SHARE = 3.0, 0.03
@@ -42,6 +42,10 @@ links are worse than their variances added up say."""
 
 LARGEST_STRETCH = 1.5
 """Most by which a link's Jacobian spreads the error so far: beyond, it crosses a motion border."""
+
+FARTHEST = 0.5
+"""Short sides of the frame within which feature matches may find a point again, from where it was
+seen nearest in time: what lies further off is a repetition of it, and itself out of the frame."""
 
 GATE = 2.5
 """Candidates further from the best than this many joint standard deviations are not fused."""
@@ -169,7 +173,13 @@ class _Job:
             level = np.where(
                 error < STRICT_ERROR,
                 STRICT,
-                np.where(error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length), LOOSE, GUESSED),
+                np.where(
+                    error < np.maximum(LOOSE_ERROR, LOOSE_SHARE * length),
+                    LOOSE,
+                    # A longer leap that does not close may land anywhere, as for a point that
+                    # has left the frame.
+                    GUESSED if gap == 1 else LOST,
+                ),
             )
             before, link = chains.sigma[source, rows], links.sigma(gap, error)
             before = before * np.clip(stretch, 1, LARGEST_STRETCH)
@@ -197,11 +207,20 @@ class _Job:
                 strict = chains.level[source, rows] == STRICT
                 arrived, spread = start.copy(), np.full(len(rows), np.inf, np.float32)
                 arrived[strict], spread[strict] = landmarks.follow(source, target, start[strict])
+                leap = np.linalg.norm(arrived - self._last_seen(target, rows), axis=-1)
+                spread[leap > FARTHEST * min(self.links.size)] = np.inf
                 yield self._landed(np.full(len(rows), source), target, rows, arrived, spread)
         if landmarks.imported:
             frames = self.frames[rows]
             arrived, spread = landmarks.observe(frames, chains.xy[frames, rows], target)
             yield self._landed(frames, target, rows, arrived, spread)
+
+    def _last_seen(self, target: int, rows: np.ndarray) -> np.ndarray:
+        """Positions `(n, 2)` in the strict frame of each point that is nearest to `target`."""
+        strict = self.chains.level[:, rows] == STRICT
+        away = np.abs(np.arange(len(strict)) - target)[:, None]
+        nearest = np.where(strict, away, len(strict)).argmin(0)
+        return self.chains.xy[nearest, rows]
 
     def _landed(self, sources, target, rows, arrived, spread) -> tuple:
         """A landmark's candidate: as good as strict; its sigma starts from the source's."""

@@ -329,3 +329,30 @@ def test_a_point_that_leaves_the_frame_is_lost(small_links, scene):
 def test_no_points_give_empty_chains(small_links):
     chains = integrate(small_links, np.zeros(0, int), np.zeros((0, 2), np.float32))
     assert chains.xy.shape == (6, 0, 2) and chains.level.shape == (6, 0)
+
+
+class Repetition:
+    """Feature matches from the first frame to the fourth that lead `leap` pixels to the right."""
+
+    imported = False
+
+    def __init__(self, leap):
+        self.leap = leap
+
+    def sources(self, target):
+        return [0] if target == 3 else []
+
+    def follow(self, source, target, xy):
+        return xy + np.float32([self.leap, 0]), np.full(len(xy), 0.5, np.float32)
+
+
+@pytest.mark.parametrize("leap, found", [(7, True), (9, False)])
+def test_a_point_is_not_found_again_at_a_repetition_far_from_where_it_was_seen(
+    write_store, tmp_path, leap, found
+):
+    size, xy = (16, 32), np.array([[5, 8]], np.float32)
+    flows = {pair: np.zeros((*size, 2)) for pair in [(0, 1), (1, 0), (2, 3), (3, 2)]}
+    store = write_store(tmp_path, np.zeros((4, *size, 3), np.uint8), list(flows), flows)
+    chains = integrate(Links(store), np.zeros(1, int), xy, Repetition(leap))
+    assert chains.level[1, 0] == STRICT
+    assert chains.level[3, 0] == (STRICT if found else LOST)
