@@ -131,8 +131,7 @@ def _with_field(
     growth = FIELD_GROWTH * np.sqrt(np.abs(np.arange(xy.shape[1]) - frames[:, None]))
     apart = np.linalg.norm(xy - field.xy, axis=-1)
     agree = (level > GUESSED) & (apart < 3 * np.hypot(deviation, FIELD_FLOOR + growth))
-    strict = level == STRICT
-    typical = np.ma.median(np.ma.array(apart, mask=~strict), axis=1).filled(UNKNOWN_APART)
+    typical = np.ma.median(np.ma.array(apart, mask=level != STRICT), axis=1).filled(UNKNOWN_APART)
     variance = BEST_FIELD**2 + (APART_SHARE * typical[:, None]) ** 2 + growth**2
     extra = np.where(agree, 1 / variance, 0)
     total = weight + extra

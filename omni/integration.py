@@ -201,15 +201,17 @@ class _Job:
         chains, landmarks = self.chains, self.landmarks
         if landmarks is None:
             return
-        for source in landmarks.sources(target):
-            if (target - source) * step > self.links.gaps[-1]:
-                start = chains.xy[source, rows]
-                strict = chains.level[source, rows] == STRICT
-                arrived, spread = start.copy(), np.full(len(rows), np.inf, np.float32)
-                arrived[strict], spread[strict] = landmarks.follow(source, target, start[strict])
-                leap = np.linalg.norm(arrived - self._last_seen(target, rows), axis=-1)
-                spread[leap > FARTHEST * min(self.links.size)] = np.inf
-                yield self._landed(np.full(len(rows), source), target, rows, arrived, spread)
+        away = {s: (target - s) * step for s in landmarks.sources(target)}
+        sources = [source for source, gap in away.items() if gap > self.links.gaps[-1]]
+        seen = self._last_seen(target, rows) if sources else None
+        for source in sources:
+            start = chains.xy[source, rows]
+            strict = chains.level[source, rows] == STRICT
+            arrived, spread = start.copy(), np.full(len(rows), np.inf, np.float32)
+            arrived[strict], spread[strict] = landmarks.follow(source, target, start[strict])
+            leap = np.linalg.norm(arrived - seen, axis=-1)
+            spread[leap > FARTHEST * min(self.links.size)] = np.inf
+            yield self._landed(np.full(len(rows), source), target, rows, arrived, spread)
         if landmarks.imported:
             frames = self.frames[rows]
             arrived, spread = landmarks.observe(frames, chains.xy[frames, rows], target)

@@ -71,15 +71,16 @@ class DisFlow:
             flow = likeness.choose([start, guided, found], [0, 0, _UNGUIDED])
             scales = _FAR_SCALES
         if self._refine:
-            flow = _refine(*grays, flow, scales)
+            smooth = tuple(map(_smooth, grays))
+            flow = _refine(*smooth, flow, scales)
             if start is None:
                 matched = likeness.choose([found, block_match(*images)], [0, _MATCHED])
-                other = _refine(*grays, likeness.spread(matched), _RESTART_SCALES)
+                other = _refine(*smooth, likeness.spread(matched), _RESTART_SCALES)
                 flow = likeness.choose([flow, other], [0, _RESTARTED])
             flow = likeness.spread(flow)
-            polished = _solve(*map(_smooth, grays), flow, *_LIGHT)
+            polished = _solve(*smooth, flow, *_LIGHT)
             flow = likeness.choose([flow, polished], [0, _POLISHED])
-            flow = PhotoConsistency(*images, radius=1).spread(flow, _NARROW)
+            flow = likeness.narrowed(1).spread(flow, _NARROW)
         return np.ascontiguousarray(flow[:height, :width])
 
     def estimate_batch(
@@ -97,9 +98,8 @@ def _search(gray1, gray2, start=None):
     return _finite(search.calc(gray1, gray2, start))
 
 
-def _refine(gray1, gray2, flow, scales):
-    size = np.array(gray1.shape[::-1])
-    smooth1, smooth2 = _smooth(gray1), _smooth(gray2)
+def _refine(smooth1, smooth2, flow, scales):
+    size = np.array(smooth1.shape[::-1])
     for scale in scales:
         level = tuple(np.rint(size * scale).astype(int).tolist())
         small1, small2 = (

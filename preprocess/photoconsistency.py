@@ -7,6 +7,7 @@ others, judged by a cost that is averaged along edges instead of across them.
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from preprocess.warp import sample
 
 __all__ = ["PhotoConsistency", "difference", "features"]
 
+_RADIUS = 3  # pixels of the window, taken twice
 _SOFTNESS = 25.0  # grey levels squared: weaker edges do not divide
 _CAPS = 24.0, 8.0  # of colour and gradient, grey levels: more is an occlusion or a highlight
 _COLOR_SHARE = 0.5  # colour changes with the light, gradients hardly do
@@ -30,14 +32,24 @@ class PhotoConsistency:
     Args:
         image1: source, `(h, w, 3)` uint8 RGB.
         image2: target, likewise.
-        radius: pixels of the window, taken twice. A wide one judges safely, a narrow one sees
-            wires and spokes.
     """
 
-    def __init__(self, image1: np.ndarray, image2: np.ndarray, radius: int = 3):
-        self._box = (2 * radius + 1,) * 2
+    def __init__(self, image1: np.ndarray, image2: np.ndarray):
         self._source, self._target = features(image1), features(image2)
         self._guide = self._source[..., 0].astype(np.float32)
+        self._look_through(_RADIUS)
+
+    def narrowed(self, radius: int) -> "PhotoConsistency":
+        """The same images judged in windows of another `radius` (pixels).
+
+        A wide window judges safely, a narrow one sees wires and spokes.
+        """
+        other = copy(self)
+        other._look_through(radius)
+        return other
+
+    def _look_through(self, radius):
+        self._box = (2 * radius + 1,) * 2
         self._mean = self._window(self._guide)
         self._variance = self._window(self._guide**2) - self._mean**2 + _SOFTNESS
 
