@@ -80,6 +80,12 @@ def command(clip, run):
     return [*OMNI, "optimize", str(clip), "-o", str(run), "--config", "cpu", *SETTINGS]
 
 
+def again(clip, run, *more):
+    """Run the command to its end."""
+    done = [*command(clip, run), *more]
+    return subprocess.run(done, capture_output=True, text=True, timeout=600)
+
+
 def start(clip, run):
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command(clip, run), stdout=quiet, stderr=subprocess.PIPE, text=True)

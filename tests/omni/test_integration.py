@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from omni.coords import pixel_centers
 from omni.integration import (
     GUESSED,
     LOOSE,
@@ -13,6 +14,7 @@ from omni.integration import (
     fuse,
     integrate,
 )
+from omni.landmarks import Landmarks
 from omni.links import Links
 from preprocess.pairs import schedule
 
@@ -331,28 +333,21 @@ def test_no_points_give_empty_chains(small_links):
     assert chains.xy.shape == (6, 0, 2) and chains.level.shape == (6, 0)
 
 
-class Repetition:
-    """Feature matches from the first frame to the fourth that lead `leap` pixels to the right."""
-
-    imported = False
-
-    def __init__(self, leap):
-        self.leap = leap
-
-    def sources(self, target):
-        return [0] if target == 3 else []
-
-    def follow(self, source, target, xy):
-        return xy + np.float32([self.leap, 0]), np.full(len(xy), 0.5, np.float32)
-
-
 @pytest.mark.parametrize("leap, found", [(7, True), (9, False)])
 def test_a_point_is_not_found_again_at_a_repetition_far_from_where_it_was_seen(
     write_store, tmp_path, leap, found
 ):
     size, xy = (16, 32), np.array([[5, 8]], np.float32)
     flows = {pair: np.zeros((*size, 2)) for pair in [(0, 1), (1, 0), (2, 3), (3, 2)]}
-    store = write_store(tmp_path, np.zeros((4, *size, 3), np.uint8), list(flows), flows)
-    chains = integrate(Links(store), np.zeros(1, int), xy, Repetition(leap))
+    pattern = np.random.default_rng(0).integers(0, 255, (16, leap, 3), np.uint8)
+    frame = np.tile(pattern, (1, 5, 1))[:, :32]
+    store = write_store(tmp_path, np.stack([frame] * 4), list(flows), flows)
+    here = pixel_centers(size).reshape(-1, 2)
+    matches = np.concatenate([here, here + np.float32([leap, 0])], axis=1)
+    arrays = {"landmarks": ((1, *matches.shape), np.float32)}
+    with store.stage("landmarks", "k", arrays, 1) as stage:
+        stage.arrays["landmarks"][0] = matches
+        stage.meta["pairs"] = [[0, 3]]
+    chains = integrate(Links(store), np.zeros(1, int), xy, Landmarks(store))
     assert chains.level[1, 0] == STRICT
     assert chains.level[3, 0] == (STRICT if found else LOST)

@@ -1,23 +1,19 @@
 import cv2
 import numpy as np
 import pytest
+from pictures import texture
 
 from preprocess.blockmatch import block_match
 from preprocess.dis import DisFlow
 
+SIZE = (256, 320)
 SQUARE = np.s_[100:124, 60:84]
 INNER = np.s_[104:120, 64:80]
 
 
-def texture(seed, size=(256, 320)):
-    noise = np.random.default_rng(seed).uniform(0, 255, (*size, 3)).astype(np.float32)
-    smooth = cv2.GaussianBlur(noise, (0, 0), 1.5)
-    return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
-
-
 def sliding(motion):
     """Two frames of a small square on a background that stands still."""
-    first, cover = texture(0), texture(1)
+    first, cover = texture(SIZE), texture(SIZE, 1)
     second, (dx, dy) = first.copy(), motion
     first[SQUARE] = cover[SQUARE]
     second[100 + dy : 124 + dy, 60 + dx : 84 + dx] = cover[SQUARE]
@@ -27,7 +23,7 @@ def sliding(motion):
 @pytest.mark.parametrize("motion", [(30, 0), (-26, 18), (2, -32)])
 def test_a_small_object_is_found_as_far_as_the_reach_says(motion):
     flow = block_match(*sliding(motion))
-    assert flow.shape == (256, 320, 2) and flow.dtype == np.float32
+    assert flow.shape == (*SIZE, 2) and flow.dtype == np.float32
     assert np.abs(np.median(flow[INNER], axis=(0, 1)) - motion).max() <= 1
     assert np.median(np.abs(flow[:90]), axis=(0, 1)).max() == 0, "the background stands still"
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from pictures import texture
 
 from preprocess.dis import DisFlow
 from preprocess.parallel import single_threaded_opencv
@@ -11,28 +12,23 @@ from preprocess.parallel import single_threaded_opencv
 CLIP = Path(__file__).parents[2].parent / "shared/data/synthetic/dev/stack.npz"
 
 
-def texture(size, seed=0):
-    noise = np.random.default_rng(seed).uniform(0, 255, (*size, 3)).astype(np.float32)
-    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX)
-
-
 def shifted(image, dx, dy):
     matrix = np.float32([[1, 0, dx], [0, 1, dy]])
     size = image.shape[1::-1]
-    return cv2.warpAffine(image, matrix, size, borderMode=cv2.BORDER_REFLECT).astype(np.uint8)
+    return cv2.warpAffine(image, matrix, size, borderMode=cv2.BORDER_REFLECT)
 
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_translation_is_found_to_a_tenth_of_a_pixel(refine):
     image = texture((80, 96))
-    flow = DisFlow(refine).estimate(image.astype(np.uint8), shifted(image, 2.5, -1.25))
+    flow = DisFlow(refine).estimate(image, shifted(image, 2.5, -1.25))
     error = np.linalg.norm(flow[15:-15, 15:-15] - np.float32([2.5, -1.25]), axis=-1)
     assert np.median(error) < 0.1
 
 
 def test_a_good_start_rescues_a_motion_too_large_to_search():
     image = texture((96, 128))
-    images = image.astype(np.uint8), shifted(image, 40, 0)
+    images = image, shifted(image, 40, 0)
     start = np.broadcast_to(np.float32([39, 0.5]), (96, 128, 2)).copy()
     error = [
         np.median(np.abs(DisFlow().estimate(*images, given)[20:-20, :70] - np.float32([40, 0])))
@@ -43,7 +39,7 @@ def test_a_good_start_rescues_a_motion_too_large_to_search():
 
 def test_a_bad_start_does_no_harm():
     image = texture((96, 128))
-    images = image.astype(np.uint8), shifted(image, 2, 0)
+    images = image, shifted(image, 2, 0)
     start = np.full((96, 128, 2), 25, np.float32)
     flow = DisFlow().estimate(*images, start)
     assert np.median(np.abs(flow[20:-20, 20:-20] - np.float32([2, 0]))) < 0.1
@@ -52,7 +48,7 @@ def test_a_bad_start_does_no_harm():
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (7, 5), (300, 2), (31, 33)])
 def test_tiny_frames_give_finite_flow_of_their_size(size):
     provider = DisFlow()
-    images = texture(size).astype(np.uint8), texture(size, 1).astype(np.uint8)
+    images = texture(size), texture(size, 1)
     flow = provider.estimate(*images)
     assert flow.shape == (*size, 2) and np.isfinite(flow).all()
     assert np.isfinite(provider.estimate(*images, flow)).all()
@@ -67,7 +63,7 @@ def test_constant_frames_do_not_move(values):
 def test_result_depends_on_the_arguments_alone():
     """OpenCV's DIS object keeps the start of a guided search for the plain ones after it."""
     image = texture((64, 72))
-    images = image.astype(np.uint8), shifted(image, 3, 1)
+    images = image, shifted(image, 3, 1)
     provider = DisFlow()
     expected = provider.estimate(*images)
     provider.estimate(*images, np.full((64, 72, 2), 20, np.float32))

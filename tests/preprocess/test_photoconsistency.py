@@ -1,6 +1,7 @@
 import cv2
 import numpy as np
 import pytest
+from pictures import texture
 
 from preprocess.photoconsistency import PhotoConsistency
 
@@ -10,16 +11,10 @@ MOTION = np.float32([[-2, 1], [5, -3]])
 """Pixels by which the background and the square move."""
 
 
-def texture(seed):
-    noise = np.random.default_rng(seed).uniform(0, 255, (*SIZE, 3)).astype(np.float32)
-    smooth = cv2.GaussianBlur(noise, (0, 0), 1.5)
-    return cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
-
-
 @pytest.fixture(scope="module")
 def scene():
     """Two frames of a square that slides over a background, the true flow, and the square."""
-    background, cover, on = texture(0), texture(1), np.zeros(SIZE, np.uint8)
+    background, cover, on = texture(SIZE), texture(SIZE, 1), np.zeros(SIZE, np.uint8)
     on[SQUARE] = 1
     moved = [
         cv2.warpAffine(image, np.float32([[1, 0, dx], [0, 1, dy]]), SIZE[::-1])

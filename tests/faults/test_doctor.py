@@ -1,0 +1,64 @@
+"""`omni doctor`: what it finds, and that it goes on whatever is broken."""
+
+import importlib
+import importlib.machinery
+import os
+import shutil
+import subprocess
+import sys
+
+import damage
+import kills
+
+from omni import doctor
+
+
+def test_doctor_finds_a_second_opencv_and_a_damaged_run(small_store, tmp_path):
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    damage.flip(run / "store" / "flow.npy", -5)
+    extra = tmp_path / "site" / "opencv_python_headless-9.9.dist-info"
+    extra.mkdir(parents=True)
+    (extra / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: opencv-python-headless\nVersion: 9.9"
+    )
+    paths = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [*kills.OMNI, "doctor", str(run)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert result.returncode == 1, result.stderr
+    assert "OpenCV is installed 2 times" in result.stdout
+    assert "pip uninstall -y" in result.stdout
+    assert "flow.npy is missing or damaged" in result.stdout
+    assert "H.264 written and read back" in result.stdout
+
+
+def test_doctor_knows_weights_that_are_part_of_the_build(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    package = importlib.machinery.ModuleSpec("preprocess", None, origin=str(tmp_path / "__init__"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    assert "no RAFT weights" in doctor._weights().what
+    (tmp_path / "raft_small.safetensors").touch()
+    assert doctor._weights().what == "RAFT weights: raft_small.safetensors"
+
+
+def test_doctor_takes_a_run_that_is_not_fitted_yet_as_no_problem(small_store):
+    findings = list(doctor._run_folder(small_store.run))
+    assert [finding.verdict for finding in findings] == ["note", "ok"]
+    assert "is not fitted yet" in findings[0].what
+
+
+def test_doctor_says_that_torch_is_broken_and_goes_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    findings = list(doctor.examine())
+    broken = [f for f in findings if f.what.startswith("torch does not import")]
+    assert [f.verdict for f in broken] == ["problem"] and len(findings) >= 5
+
+
+def test_doctor_is_content_with_this_machine():
+    result = subprocess.run([*kills.OMNI, "doctor"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for what in ("torch", "OpenCV", "H.264", "of memory available", "GB free at"):
+        assert what in result.stdout
