@@ -128,6 +128,7 @@ def crafted(seeds, plan, repair=lambda data: data):
 
 
 def flip(path, position):
+    """Change one bit of a file."""
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)

@@ -127,15 +127,15 @@ def trial(clip, run, stage, seconds, number, rng):
         subprocess.run(["rm", "-r", str(run)], check=True)
         seconds *= 0.7  # the machine is faster than when it was measured
     reached = [name for name, begins in BEGINS.items() if begins(run)][-1]
-    again = subprocess.run(command(clip, run), capture_output=True, text=True, timeout=600)
+    result = again(clip, run)
     return {
         "stage": stage,
         "reached": reached,
         "signal": signal.Signals(number).name,
         "delay": round(delay, 3),
         "said": said.strip().splitlines()[-1:] or [""],
-        "code": again.returncode,
-        "error": again.stderr[-500:] if again.returncode else "",
+        "code": result.returncode,
+        "error": result.stderr[-500:] if result.returncode else "",
         "left": sorted(p.name for p in run.rglob("*") if ".tmp" in p.name or "partial" in p.name),
     }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import damage
 import kills
 import pytest
 
@@ -68,9 +69,7 @@ def test_a_run_that_was_killed_moved_redated_and_damaged_continues_to_the_same_b
     for index, path in enumerate(sorted(run.rglob("*"))):
         os.utime(path, (0, 0) if index % 2 else (4e9, 4e9))
     flow = run / "store" / "flow.npy"
-    content = bytearray(flow.read_bytes())
-    content[len(content) // 2] ^= 1
-    flow.write_bytes(content)
+    damage.flip(flow, flow.stat().st_size // 2)
     result = kills.again(video, run)
     assert result.returncode == 0, result.stderr
     assert "flow in" in result.stderr and "is damaged: computing it again" in result.stderr
