@@ -1,15 +1,27 @@
 """Does the place still look like the query? Patch similarity without any weights.
 
-Letters: N points, T frames, P samples per patch. Raster pixels of the processing resolution.
+Letters: W witnesses, N points, T frames, P samples per patch. Raster pixels of the processing
+resolution.
 """
 
 import cv2
 import numpy as np
 
-__all__ = ["alike", "similarity"]
+__all__ = ["alike", "contrast", "differences", "similarity"]
 
 RADIUS, STEP = 6, 1.5
 """Patches of 13 x 13 samples, 1.5 pixels apart at a short side of 256."""
+
+NEAR_RADIUS = 2
+"""Small patches of 5 x 5 samples, one pixel apart at a short side of 256."""
+
+LARGEST_DIFFERENCE = 30.0
+"""Grey levels beyond which a sample is simply wrong: occluders must not rule the mean."""
+
+OWN_COLOR = 8.0
+"""Grey levels by which a sample differs from the point itself to count 1 / e in its patch."""
+
+_STOPS = 8
 
 _GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -29,7 +41,7 @@ def similarity(
         distance of the patches' mean colours in grey levels.
     """
     count, num_frames = xy.shape[:2]
-    offsets = _offsets(frames)
+    offsets = _offsets(frames, RADIUS, STEP)
     template = np.empty((count, len(offsets)), np.float32)
     tint = np.empty((count, 3), np.float32)
     for t in np.unique(query_frames):
@@ -48,24 +60,79 @@ def alike(
     frames: np.ndarray, source: int, xy: np.ndarray, target: int, other: np.ndarray
 ) -> np.ndarray:
     """Correlation `(n,)` of the patches around points `(n, 2)` of two frames, as `similarity`."""
-    offsets = _offsets(frames)
+    offsets = _offsets(frames, RADIUS, STEP)
     first, _ = _patches(frames[source], xy, offsets)
     second, _ = _patches(frames[target], other, offsets)
     return (first * second).sum(-1)
 
 
-def _offsets(frames: np.ndarray) -> np.ndarray:
-    """Samples `(P, 2)` of a patch relative to its centre."""
-    ticks = np.arange(-RADIUS, RADIUS + 1, dtype=np.float32) * STEP * min(frames.shape[1:3]) / 256
+def differences(frames: np.ndarray, xy: np.ndarray, query_frames: np.ndarray) -> np.ndarray:
+    """How far the colours that witnesses lead to are from those of the query.
+
+    Args:
+        frames: (T, h, w, 3) uint8.
+        xy: (W, N, T, 2) positions; the first witness is at the query in its frame.
+        query_frames: (N,).
+
+    Returns:
+        (3, W, N, T) grey levels: at the point, over a small patch, and over those of its samples
+        that are coloured like the point.
+    """
+    witnesses, count, num_frames = xy.shape[:3]
+    offsets = _offsets(frames, NEAR_RADIUS, 1.0)
+    middle = len(offsets) // 2
+    template = np.empty((count, len(offsets), 3), np.float32)
+    for t in np.unique(query_frames):
+        rows = np.flatnonzero(query_frames == t)
+        template[rows] = _colors(frames[t], xy[0, rows, t], offsets)
+    own = np.exp(-np.abs(template - template[:, [middle]]).mean(-1) / OWN_COLOR)
+    own /= own.sum(1, keepdims=True)
+    result = np.empty((3, witnesses, count, num_frames), np.float32)
+    for t in range(num_frames):
+        for w in range(witnesses):
+            off = np.abs(_colors(frames[t], xy[w, :, t], offsets) - template).mean(-1)
+            off = np.minimum(off, LARGEST_DIFFERENCE)
+            result[:, w, :, t] = off[:, middle], off.mean(1), (off * own).sum(1)
+    return result
+
+
+def contrast(
+    frames: np.ndarray, xy: np.ndarray, query_frames: np.ndarray, offset: np.ndarray
+) -> np.ndarray:
+    """How far colours around queries are from theirs, in the query frame.
+
+    Args:
+        frames: (T, h, w, 3) uint8.
+        xy: (N, 2) queries.
+        query_frames: (N,).
+        offset: (W, N, 2) to other points.
+
+    Returns:
+        (2, W, N) grey levels: the most on the way there, and there.
+    """
+    count = len(xy)
+    stops = np.linspace(0, 1, _STOPS, dtype=np.float32)[:, None, None, None]
+    places = (xy + stops * offset).transpose(2, 0, 1, 3)
+    result = np.empty((2, len(offset), count), np.float32)
+    for t in np.unique(query_frames):
+        rows = np.flatnonzero(query_frames == t)
+        image = np.ascontiguousarray(frames[t])
+        colors = _colors(image, places[rows].reshape(-1, 2), np.zeros((1, 2), np.float32))
+        colors = colors.reshape(len(rows), _STOPS, -1, 3)
+        off = np.abs(colors - colors[:, :1, :1]).mean(-1)
+        result[0, :, rows], result[1, :, rows] = off.max(1), off[:, -1]
+    return result
+
+
+def _offsets(frames: np.ndarray, radius: int, step: float) -> np.ndarray:
+    """Samples `(P, 2)` of a patch relative to its centre, `step` pixels apart at 256."""
+    ticks = np.arange(-radius, radius + 1, dtype=np.float32) * step * min(frames.shape[1:3]) / 256
     return np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2)
 
 
 def _patches(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray):
     """Unit-norm zero-mean grey patches `(n, P)` and mean colours `(n, 3)` around points."""
-    image = np.ascontiguousarray(image)
-    # OpenCV refuses maps of no rows and of more than 2^15.
-    parts = [_colors(image, xy[i : i + 16384], offsets) for i in range(0, len(xy), 16384)]
-    colors = np.concatenate(parts) if parts else np.zeros((0, len(offsets), 3), np.float32)
+    colors = _colors(image, xy, offsets)
     gray = colors @ _GRAY
     gray -= gray.mean(-1, keepdims=True)
     # Two grey levels of texture are noise: they must not be blown up to full contrast.
@@ -74,8 +141,13 @@ def _patches(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray):
 
 
 def _colors(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    where = (xy[:, None] + offsets - 0.5).astype(np.float32)
-    x, y = where[..., 0], where[..., 1]
-    return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE).astype(
-        np.float32
-    )
+    """Bilinear colours `(n, P, 3)` float32 of the patches around points."""
+    image = np.ascontiguousarray(image)
+    # OpenCV refuses maps of no rows and of more than 2^15.
+    parts = [xy[i : i + 16384] for i in range(0, len(xy), 16384)]
+    colors = [np.zeros((0, len(offsets), 3), np.float32)]
+    for part in parts:
+        x, y = np.moveaxis((part[:, None] + offsets - 0.5).astype(np.float32), -1, 0)
+        found = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        colors.append(found.astype(np.float32))
+    return np.concatenate(colors)

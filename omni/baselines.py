@@ -26,7 +26,7 @@ from omni.links import Links
 from omni.store import Store
 from omni.tracks import Tracks
 
-__all__ = ["DirectFlow", "Method", "baseline"]
+__all__ = ["DirectFlow", "Method", "baseline", "trace"]
 
 Method = Literal["direct", "chain", "mft"]
 
@@ -73,13 +73,32 @@ def baseline(
     query_points = np.asarray(query_points, np.float32)
     _check(store, query_points)
     frames = np.rint(query_points[:, 0]).astype(int)
+    xy = rescale(query_points[:, :0:-1], store.video_size, store.size)
+    found = trace(store, frames, xy, method, direct_flow, threshold)
+    return _tracks(store, *found, frames, query_points)
+
+
+def trace(
+    store: Store,
+    frames: np.ndarray,
+    xy: np.ndarray,
+    method: Method,
+    direct_flow: DirectFlow | None = None,
+    threshold: float = 1.5,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `baseline`, in processing pixels: points `xy` (N, 2) of `frames` (N,).
+
+    Returns:
+        positions (N, T, 2), standard deviations (N, T), inf where nothing is known, and whether
+        visible (N, T).
+    """
     order = np.argsort(frames, kind="stable")
-    xy = rescale(query_points[order, :0:-1], store.video_size, store.size)
-    state = _State.start(store.num_frames, frames[order], xy)
+    state = _State.start(store.num_frames, frames[order], xy[order])
     links = _Links(store, direct_flow)
     for step in (1, -1):
         _sweep(state, links, method, step, threshold)
-    return _tracks(store, state, order, query_points)
+    back = np.argsort(order)
+    return state.xy.transpose(1, 0, 2)[back], state.sigma.T[back], state.visible.T[back]
 
 
 @dataclass
@@ -202,18 +221,17 @@ def _carry(state: _State, target: int, step: int) -> None:
     state.xy[target, rows][lost] = state.xy[target - step, rows][lost]
 
 
-def _tracks(store: Store, state: _State, order: np.ndarray, query_points: np.ndarray) -> Tracks:
-    back = np.argsort(order)
+def _tracks(store: Store, xy, sigma, visible, frames, query_points: np.ndarray) -> Tracks:
+    """What `trace` found, in the original video's pixels."""
     source, target = store.size, store.video_size
-    xy = rescale(state.xy.transpose(1, 0, 2)[back], source, target)
-    xy[np.arange(len(xy)), state.frames[back]] = query_points[:, :0:-1]
-    visible = state.visible.T[back]
+    xy = rescale(xy, source, target)
+    xy[np.arange(len(xy)), frames] = query_points[:, :0:-1]
     scale = np.float32(np.sqrt(target[0] * target[1] / (source[0] * source[1])))
     return Tracks(
         tracks=xy,
         visible=visible,
         visibility=visible.astype(np.float32),
-        sigma=np.minimum(state.sigma.T[back] * scale, np.float32(max(target))),
+        sigma=np.minimum(sigma * scale, np.float32(max(target))),
         query_points=query_points,
         size=target,
         fps=store.fps,

@@ -1,9 +1,10 @@
 """How sure we are: visibility, trust and standard deviation from scale-free cues.
 
-Three small models share the cues of every point and frame: P(visible), the probability shown to
-users; P(visible and within 6 px), whose threshold decides the `visible` flag, since Average
-Jaccard charges a visible-but-wrong point twice; and log sigma. Their coefficients and thresholds
-are data, `omni/calibration.json`, fitted on generated clips by `scripts/calibrate.py`.
+For chains alone three small models share the cues of every point and frame: P(visible), the
+probability shown to users; P(visible and within 6 px), whose threshold decides the `visible` flag,
+since Average Jaccard charges a visible-but-wrong point twice; and log sigma. Their coefficients and
+threshold are data, `omni/calibration.json`, fitted on generated clips by `scripts/calibrate.py`.
+With a field `omni.consensus` judges, in the same three terms.
 
 Letters: N points, T frames, F cues.
 """
@@ -18,13 +19,12 @@ from scipy.ndimage import median_filter
 
 from omni.integration import GUESSED, LOOSE, STRICT, Chains
 
-__all__ = ["CUES", "FIELD_CUES", "Judgement", "cues", "judge"]
+__all__ = ["CUES", "Judgement", "cues", "frames_away", "judge", "steady"]
 
 CUES = (
     "one strict loose log_sigma log_error agree log_away log_age strict_share zncc strict_zncc "
     "log_tint covered log_stretch"
 ).split()
-FIELD_CUES = "strict_apart loose_apart field_visibility strict_field lost_field".split()
 
 FLICKER = 3
 """Frames over which the median of P(visible and near) decides: a flag does not change for one."""
@@ -47,9 +47,8 @@ def cues(
     query_frames: np.ndarray,
     short_side: int,
     similarity: tuple[np.ndarray, np.ndarray],
-    field: tuple[np.ndarray, np.ndarray] | None,
 ) -> np.ndarray:
-    """Cues `(N, T, F)` in the order of CUES, then FIELD_CUES with a field.
+    """Cues `(N, T, F)` in the order of CUES.
 
     Lengths are counted at a short side of 256 pixels, so that they mean the same at any size.
 
@@ -58,7 +57,6 @@ def cues(
         query_frames: (N,).
         short_side: of the processing size, pixels.
         similarity: correlation and colour distance (N, T), see `omni.appearance`.
-        field: its positions (N, T, 2) and visibility (N, T), or None.
     """
     scale = 256 / short_side
     level = chains.level.T
@@ -83,10 +81,6 @@ def cues(
         chains.covered.T,
         np.log(np.clip(chains.stretch.T, 1, 8)),
     ]
-    if field is not None:
-        apart = np.linalg.norm(chains.xy.transpose(1, 0, 2) - field[0], axis=-1) * scale
-        doubt, seen = np.log(apart + 0.5), field[1]
-        values += [strict * doubt, loose * doubt, seen, strict * seen, lost * seen]
     return np.stack([np.asarray(value, np.float32) for value in values], axis=-1)
 
 
@@ -99,16 +93,19 @@ def frames_away(known: np.ndarray) -> np.ndarray:
 
 
 def judge(values: np.ndarray, short_side: int) -> Judgement:
-    """Apply the calibrated models to `cues`, with or without the field's."""
-    kind = "fused" if values.shape[-1] > len(CUES) else "chains"
-    weights = _calibration()[kind]
+    """Apply the calibrated models to `cues`."""
+    weights = _calibration()
     visibility, trust, log_sigma = (
         values @ np.asarray(weights[name], np.float32)
         for name in ("visibility", "trust", "log_sigma")
     )
     sigma = np.exp(np.clip(log_sigma, np.log(0.05), np.log(128.0))) * (short_side / 256)
-    steady = median_filter(_logistic(trust), (1, FLICKER), mode="nearest")
-    return Judgement(_logistic(visibility), sigma, steady > weights["threshold"])
+    return Judgement(_logistic(visibility), sigma, steady(_logistic(trust)) > weights["threshold"])
+
+
+def steady(trust: np.ndarray) -> np.ndarray:
+    """Median over FLICKER frames of `(N, T)` probabilities."""
+    return median_filter(trust, (1, FLICKER), mode="nearest")
 
 
 @cache

@@ -17,7 +17,7 @@ from omni.camera import Camera
 from omni.integration import GUESSED, LOOSE, STRICT, Chains
 from omni.smoothing import Curves, fit_curves
 
-__all__ = ["Path", "Witness", "bridge", "settle"]
+__all__ = ["Path", "Witness", "bridge", "curve", "settle"]
 
 FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.2
 """Error of the field that is nothing unusual: pixels, and pixels per root frame from the query."""
@@ -25,6 +25,9 @@ FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.2
 BEST_FIELD, APART_SHARE, UNKNOWN_APART = 0.3, 1.5, 2.0
 """Standard deviation of the field for one point, which grows likewise: at best, per pixel by which
 it is apart from the point's strict chain at the median, and pixels where there is no such chain."""
+
+SUREST = 0.3
+"""Least standard deviation that a position counts with, pixels."""
 
 PINNED = 100.0
 """Weight of the query itself: its position is given, not measured."""
@@ -83,6 +86,28 @@ def settle(chains: Chains, frames: np.ndarray, camera: Camera, field: Witness | 
         xy, weight = _with_field(xy, weight, deviation, level, field, frames)
     xy[points, frames], weight[points, frames] = measured[points, frames], PINNED
     return Path(fit_curves(xy, weight), camera)
+
+
+def curve(
+    xy: np.ndarray, sigma: np.ndarray, frames: np.ndarray, query: np.ndarray, camera: Camera
+) -> Path:
+    """One trajectory per point through what was found frame by frame.
+
+    Weights are inverse standard deviations, not variances: errors come in runs, and a run of
+    doubtful positions still knows better than a curve drawn from sure ones far away.
+
+    Args:
+        xy: (N, T, 2) positions.
+        sigma: (N, T) their standard deviations, pixels.
+        frames: (N,) query frames.
+        query: (N, 2) positions there, which are given.
+        camera: global motion of the frames.
+    """
+    points = np.arange(len(frames))
+    weight = 1 / np.hypot(SUREST, sigma)
+    xy = xy.copy()
+    xy[points, frames], weight[points, frames] = query, PINNED
+    return Path(fit_curves(camera.stabilize(xy), weight), camera)
 
 
 def bridge(xy: np.ndarray, known: np.ndarray, field: np.ndarray | None) -> np.ndarray:

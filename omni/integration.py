@@ -86,6 +86,14 @@ class Chains:
         chains.sigma[query], chains.level[query], chains.error[query] = 0, STRICT, 0
         return chains
 
+    def of(self, rows: slice) -> "Chains":
+        """The chains of some of the points."""
+        return Chains(**{name: value[:, rows] for name, value in vars(self).items()})
+
+    def queries(self, frames: np.ndarray) -> np.ndarray:
+        """Positions (N, 2) in the query frames (N,)."""
+        return self.xy[frames, np.arange(len(frames))]
+
 
 def integrate(
     links: Links, frames: np.ndarray, xy: np.ndarray, landmarks: Landmarks | None = None

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from omni.appearance import similarity
-from omni.camera import Camera, global_motion
-from omni.confidence import Judgement, cues, judge
+from omni.camera import REFERENCE_SIDE, Camera, global_motion
+from omni.confidence import Judgement, cues, judge, steady
+from omni.consensus import THRESHOLD, believe, features, joined, trained
 from omni.coords import (
     denormalize,
     grid_queries,
@@ -23,20 +24,24 @@ from omni.coords import (
     rescale,
 )
 from omni.errors import OmniError
-from omni.fusion import Path, Witness, settle
-from omni.integration import integrate
+from omni.fusion import Path, Witness, curve, settle
+from omni.integration import Chains, integrate
 from omni.landmarks import Landmarks
 from omni.links import Links
 from omni.memory import out_of_memory, require_memory
 from omni.model import Field
 from omni.store import Store
 from omni.tracks import Tracks
+from omni.witnesses import WITNESSES, Witnesses, call
 
 __all__ = ["Reader"]
 
 log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 16
+
+HEARD = 2**19
+"""Positions of witnesses weighed at once: their features take 200 bytes each."""
 
 HALF_STEP = 0.05
 """Frames on either side over which velocities are differences."""
@@ -164,33 +169,78 @@ class Reader:
         return witness
 
     def evidence(self, query_points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cues `(N, T, F)` (see `omni.confidence`) and positions `(N, T, 2)` in every frame.
+        """Cues `(N, T, F)` of chains alone (see `omni.confidence`) and their paths `(N, T, 2)`.
 
-        Positions are in processing pixels.
+        Processing pixels.
         """
-        points = self._checked(query_points)
-        path, values = self._settle(points)
+        frames, chains, _ = self._accounts(self._checked(query_points))
+        path, values = self._cues(chains, frames)
         return values, path.at(np.arange(self.num_frames))
 
-    def _settle(self, points: np.ndarray) -> tuple[Path, np.ndarray]:
-        """Paths and cues of a chunk of queries, processing pixels."""
+    def testimony(self, query_points: np.ndarray) -> Iterator[tuple[Witnesses, torch.Tensor]]:
+        """Witnesses and their features (see `omni.consensus`), part by part of the points.
+
+        Needs a field. Processing pixels.
+        """
+        yield from self._hear(*self._accounts(self._checked(query_points)))
+
+    def _settle(self, points: np.ndarray) -> tuple[Path, Judgement]:
+        """Paths and their judgement in every frame, processing pixels."""
+        frames, chains, field = self._accounts(points)
+        if field is None:
+            path, values = self._cues(chains, frames)
+            return path, judge(values, min(self.size))
+        network = trained().to(self.device)
+        heard = self._hear(frames, chains, field)
+        verdict = joined([believe(network, values, said, self._scale) for said, values in heard])
+        path = curve(verdict.xy, verdict.sigma, frames, chains.queries(frames), self.camera)
+        visible = steady(verdict.trust) > THRESHOLD
+        return path, Judgement(verdict.visibility, verdict.sigma, visible)
+
+    def _accounts(self, points: np.ndarray) -> tuple[np.ndarray, Chains, Witness | None]:
+        """Whole query frames, and what flows and field say; processing pixels."""
         frames = np.rint(points[:, 0]).astype(int)
-        every = np.arange(self.num_frames)
-        xy, witness = self._given(points), None
+        xy, field = self._given(points), None
         if self.field is not None:
-            witness = self.follow(points, every)
+            field = self.follow(points, np.arange(self.num_frames))
             between = points[:, 0] != frames
-            xy[between] = witness.xy[between, frames[between]]
-        chains = integrate(self.links, frames, xy, self.landmarks)
-        path = settle(chains, frames, self.camera, witness)
-        alike = similarity(self.frames, path.at(every), frames)
-        account = None if witness is None else (witness.xy, witness.visibility)
-        return path, cues(chains, frames, min(self.size), alike, account)
+            xy[between] = field.xy[between, frames[between]]
+        return frames, integrate(self.links, frames, xy, self.landmarks), field
+
+    def _cues(self, chains: Chains, frames: np.ndarray) -> tuple[Path, np.ndarray]:
+        """Paths of chains alone, and the cues to judge them by."""
+        path = settle(chains, frames, self.camera, None)
+        alike = similarity(self.frames, path.at(np.arange(self.num_frames)), frames)
+        return path, cues(chains, frames, min(self.size), alike)
+
+    def _hear(
+        self, frames: np.ndarray, chains: Chains, field: Witness
+    ) -> Iterator[tuple[Witnesses, torch.Tensor]]:
+        """Witnesses and features, in parts of bounded memory."""
+        path = settle(chains, frames, self.camera, field).at(np.arange(self.num_frames))
+        size = max(1, HEARD // (WITNESSES * self.num_frames))
+        for start in range(0, len(frames), size):
+            rows = slice(start, start + size)
+            seen = Witness(field.xy[rows], field.visibility[rows])
+            said = call(
+                self._store,
+                self.camera,
+                self.landmarks,
+                chains.of(rows),
+                path[rows],
+                seen,
+                frames[rows],
+            )
+            yield said, features(said, seen, self.links, self.frames, frames[rows], self.device)
+
+    @property
+    def _scale(self) -> float:
+        """The short side in units at which lengths of features are counted."""
+        return min(self.size) / REFERENCE_SIDE
 
     def _answer(self, points: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, Judgement]:
         """Positions and judgement of a chunk of queries at real times, processing pixels."""
-        path, values = self._settle(points)
-        judged = judge(values, min(self.size))
+        path, judged = self._settle(points)
         # Smoothing moves the query a little; it is given, so the curve is moved back to it.
         nearness = np.clip(1 - np.abs(times - points[:, :1]), 0, 1)[..., None]
         moved = self._given(points) - path.each_at(points[:, 0])

@@ -253,6 +253,94 @@ def _blank(size: tuple[int, int], rng: np.random.Generator) -> Scene:
     return Scene(camera, room, tuple(objects))
 
 
+def _any_cover(rng: np.random.Generator) -> textures.Texture:
+    """A texture of any kind in any few colours."""
+    if rng.random() < 0.5:
+        colors = [CREAM, RED, NAVY, TEAL, GOLD, ORANGE, PLUM, SKY]
+        palette = [colors[i] for i in rng.permutation(len(colors))[: rng.integers(2, 5)]]
+    else:
+        base = rng.uniform(0.1, 0.9, 3)
+        palette = [
+            tuple(np.clip(base + rng.normal(size=3) * rng.uniform(0.05, 0.3), 0.02, 0.98))
+            for _ in range(rng.integers(2, 5))
+        ]
+    kinds = (
+        lambda: textures.noise(rng, palette, rng.uniform(1.0, 1.8)),
+        lambda: textures.blobs(rng, palette[0], palette[1:], int(rng.integers(20, 100))),
+        lambda: textures.stones(rng, palette, int(rng.integers(20, 60))),
+        lambda: textures.stripes(rng, palette, int(rng.integers(1, 4))),
+        lambda: textures.planks(rng, palette, int(rng.integers(3, 7))),
+        lambda: textures.plaster(rng, palette),
+        lambda: textures.plain(rng, palette[0]),
+    )
+    return kinds[rng.choice(len(kinds), p=(0.25, 0.18, 0.18, 0.1, 0.1, 0.12, 0.07))]()
+
+
+def _wander(reach: float, rng: np.random.Generator) -> tuple:
+    """A slow and a fast sway of random directions, mostly sideways."""
+    return tuple(
+        _sway(tuple(reach * rng.normal(size=3) * share * (1, 0.7, 0.3)), period, rng)
+        for share, period in ((1.0, rng.uniform(18, 60)), (0.3, rng.uniform(5, 18)))
+    )
+
+
+def _turn(rate: float, rng: np.random.Generator) -> Path:
+    return Path(tuple(rng.uniform(-1, 1, 3)), tuple(rate * rng.normal(size=3)))
+
+
+def _any_object(pace: float, rng: np.random.Generator) -> Surface:
+    cover, radius = _any_cover(rng), float(np.exp(rng.uniform(np.log(0.1), np.log(0.7))))
+    place = Path(
+        (rng.uniform(-1.6, 1.6), rng.uniform(-0.9, 0.7), rng.uniform(2.8, 6)),
+        waves=_wander(pace * rng.uniform(0.3, 1.6), rng),
+    )
+    spin, kind = _turn(0.08 * pace, rng), rng.integers(3)
+    if kind == 0:
+        return Box(cover, place, spin, half=tuple(radius * rng.uniform(0.4, 1.2, 3)))
+    if kind == 1:
+        radii = Path(tuple(radius * rng.uniform(0.7, 1.2, 3)))
+        return Ellipsoid(cover, place, spin, 1, radii=radii)
+    slope = rng.uniform(-2, 2, 2) / radius
+    height = 0.5 / np.linalg.norm(slope) / np.sqrt(2) * rng.uniform(0.1, 1)
+    facing = Path((*rng.uniform(-0.4, 0.4, 2), rng.uniform(-1, 1)), (0, 0, 0.03 * pace))
+    wave = ((height, height), tuple(slope), rng.uniform(0.1, 0.4), rng.uniform(0, 6))
+    outline = _rectangle(*(radius * rng.uniform(1, 3, 2)))
+    return Sheet(cover, place, facing, ripple=Ripple((wave,)), **outline)
+
+
+def _wires(pace: float, rng: np.random.Generator) -> Surface:
+    """Thin bars or a mesh close to the camera."""
+    apart, width = rng.uniform(0.15, 0.5, 2), rng.uniform(0.006, 0.035, 2)
+    crossed = rng.random() < 0.5
+
+    def covers(u: np.ndarray) -> np.ndarray:
+        on = np.abs(u % apart - apart / 2) < width
+        return on[:, 0] | (crossed & on[:, 1])
+
+    cover = _any_cover(rng)
+    place = Path((0, 0, rng.uniform(1.8, 3.2)), waves=_wander(0.1 * pace, rng))
+    facing = _turn(0, rng) if rng.random() < 0.5 else Path((0, 0.1, rng.uniform(0, 1.5)))
+    return Sheet(cover, place, facing, covers=covers)
+
+
+def _mixed(size: tuple[int, int], rng: np.random.Generator) -> Scene:
+    pace = float(np.exp(rng.uniform(np.log(0.15), np.log(1.6))))
+    objects = [_any_object(pace, rng) for _ in range(rng.integers(3, 9))]
+    if rng.random() < 0.45:
+        objects.append(_wires(pace, rng))
+    camera = Camera(
+        size,
+        Path((0, 0, 0), waves=_wander(0.3 * pace, rng)),
+        Path((0, 0, 0), waves=_wander(0.03 * pace, rng)),
+        focal=rng.uniform(0.8, 1.1),
+    )
+    shutter = rng.uniform(0.2, 0.8) * (rng.random() < 0.5)
+    flicker = 0.08 * rng.random() * (rng.random() < 0.5)
+    room = _room(_any_cover(rng), _any_cover(rng))
+    gain = Path((1.0, 1.0, 1.0), waves=(_sway((flicker,) * 3, rng.uniform(5, 20), rng),))
+    return Scene(camera, room, tuple(objects), 1.0, shutter, gain)
+
+
 SCENES: dict[str, Callable[[tuple[int, int], np.random.Generator], Scene]] = {
     "demo": _demo,
     "cloth": _cloth,
@@ -260,6 +348,7 @@ SCENES: dict[str, Callable[[tuple[int, int], np.random.Generator], Scene]] = {
     "shake": _shake,
     "blocks": _blocks,
     "blank": _blank,
+    "mixed": _mixed,
 }
 """demo: all at once; cloth: non-rigid; bars: thin occluders; shake: fast, blurred, flickering;
-blocks: rotating boxes; blank: low texture."""
+blocks: rotating boxes; blank: low texture; mixed: everything at random, another scene each seed."""

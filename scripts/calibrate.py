@@ -1,11 +1,12 @@
 """Fit what omni believes about errors, on generated clips with exact truth.
 
-    python scripts/calibrate.py --work runs/calibration --fit
+    python scripts/calibrate.py --work runs/calibration
 
 Writes `preprocess/sigma.json` (how large a flow's error is, by gap) and `omni/calibration.json`
-(how cues become visibility, trust and sigma). Never looks at the evaluation clips. Each scene of
-`omni.synthetic` is rendered, preprocessed and, with --fit, fitted; flows, chains and the fused
-read-out are then compared with the truth. Flow of another provider, leaving the rest as it is:
+(how cues of chains become visibility, trust and sigma). Never looks at the evaluation clips. Each
+scene of `omni.synthetic` is rendered and preprocessed; flows and chains are then compared with the
+truth. `scripts/train_consensus.py` does the same for the read-out of a fit, and comes after it.
+Flow of another provider, leaving the rest as it is:
 
     python scripts/calibrate.py --work runs/calibration-raft --set flow.provider=raft --sigma-only
 """
@@ -19,7 +20,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from omni import run as runs
-from omni.confidence import CUES, FIELD_CUES
+from omni.confidence import CUES
 from omni.config import Config, load_config
 from omni.coords import inside
 from omni.links import Links
@@ -28,6 +29,7 @@ from omni.store import Store
 from omni.synthetic import SCENES, SyntheticClip, make_clip
 from preprocess import sigma as flow_sigma
 
+NAMED = [scene for scene in SCENES if scene != "mixed"]
 SIZE = (256, 256)
 POINTS = 400
 """points per frame at which flows are compared with the truth"""
@@ -35,7 +37,7 @@ RELIABLE = 1.5
 """forward-backward error in pixels up to which a flow's sigma is fitted"""
 WITHIN = 6.0
 """pixels within which a visible point counts as trusted"""
-THRESHOLDS = {"chains": 0.22, "fused": 0.4}
+THRESHOLD = 0.22
 """least P(visible and within 6 px) of a point called visible. J / (1 + J) = 0.4 is best for AJ at
 J = 0.67; chains trade one point of AJ for one of OA"""
 QUANTILES = ((0.72, 1, 0.5), (0.94, 2, 1.0))
@@ -48,10 +50,9 @@ def main() -> None:
     """Render, read out, fit, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/calibration"))
-    parser.add_argument("--scenes", nargs="+", default=list(SCENES), choices=list(SCENES))
+    parser.add_argument("--scenes", nargs="+", default=NAMED, choices=list(SCENES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
     parser.add_argument("--frames", type=int, default=36)
-    parser.add_argument("--fit", action="store_true", help="calibrate the fused read-out, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
         "--sigma-only", action="store_true", help="write preprocess/sigma.json only"
@@ -68,12 +69,9 @@ def main() -> None:
     write_sigma(folders, clips, made_by)
     if options.sigma_only:
         return
-    samples = [sample(folder, options.fit, config) for folder in folders]
+    fitted = fit([sample(folder, config) for folder in folders])
+    result = {"made_by": made_by, "threshold": THRESHOLD, **fitted}
     path = Path(__file__).parent.parent / "omni" / "calibration.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    for kind in samples[0]:
-        fitted = fit([part[kind] for part in samples])
-        result[kind] = {"made_by": made_by, "threshold": THRESHOLDS[kind], **fitted}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -153,17 +151,13 @@ def line(error: np.ndarray, off: np.ndarray) -> list[float]:
     return np.exp(best.x).round(4).tolist()
 
 
-def sample(folder: Path, fitted: bool, config: Config) -> dict[str, tuple]:
-    """Cues, positions, truth and visibility of one clip, per kind of read-out."""
+def sample(folder: Path, config: Config) -> tuple:
+    """Cues, positions, truth and visibility of one clip."""
     with np.load(folder / "truth.npz", allow_pickle=False) as data:
         queries, tracks, visible = data["queries"], data["tracks"], data["visible"]
     # With the new sigma: only what depends on it is done again.
     store = runs.preprocess_video(folder / "frames", folder / "run", config)
-    readers = {"chains": Reader(store, None, 8192)}
-    if fitted:
-        runs.fit(folder / "run", config)
-        readers["fused"] = runs.load(folder / "run").reader
-    return {kind: (*reader.evidence(queries), tracks, visible) for kind, reader in readers.items()}
+    return *Reader(store, None, 8192).evidence(queries), tracks, visible
 
 
 def fit(parts: list[tuple]) -> dict[str, object]:
@@ -173,7 +167,7 @@ def fit(parts: list[tuple]) -> dict[str, object]:
     visible = np.concatenate([v.ravel() for *_, v in parts])
     near = np.linalg.norm(error, axis=-1) < WITHIN
     return {
-        "cues": [*CUES, *FIELD_CUES][: values.shape[1]],
+        "cues": list(CUES),
         "visibility": logistic(values, visible).round(4).tolist(),
         "trust": logistic(values, visible & near).round(4).tolist(),
         "log_sigma": log_sigma(values[visible], error[visible]).round(4).tolist(),

@@ -18,8 +18,8 @@ LEVELS = [
     "model",
     "losses sampling initialize",
     "checkpoint trainer",
-    "confidence fusion readout dense report truth metrics baselines overlay viz board summaries"
-    " synthetic",  # results
+    "baselines confidence fusion witnesses consensus readout dense report truth metrics overlay viz"
+    " board summaries synthetic",  # results
     "run doctor cli",
 ]
 ORDER = " ".join(LEVELS).split()

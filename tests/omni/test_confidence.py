@@ -1,18 +1,15 @@
 import numpy as np
 import pytest
 
-from omni.confidence import CUES, FIELD_CUES, cues, frames_away, judge
+from omni.confidence import CUES, cues, frames_away, judge, steady
 from omni.integration import LOOSE, LOST, STRICT, Chains
 
 FRAMES = 20
 SIDE = 256
 
 
-def judged(level, apart=None, count=1):
-    """Judgement of still points with these levels of trust, alike everywhere; queries in frame 0.
-
-    apart: pixels between chain and field; None without a field.
-    """
+def judged(level, count=1):
+    """Judgement of still points with these levels of trust, alike everywhere, asked in frame 0."""
     level = np.broadcast_to(level, (count, FRAMES))
     chains = Chains.start(FRAMES, np.zeros(count, int), np.full((count, 2), 50, np.float32))
     known = level > LOST
@@ -21,12 +18,8 @@ def judged(level, apart=None, count=1):
     chains.error[:] = np.where(known, np.where(level == STRICT, 0.1, 2.0), np.inf).T
     chains.agree[:] = np.where(level == STRICT, 5, known).T
     alike = np.where(level == STRICT, 0.95, 0.3), np.where(level == STRICT, 2.0, 20.0)
-    field = None
-    if apart is not None:
-        moved = chains.xy.transpose(1, 0, 2) + np.array([apart, 0], np.float32)
-        field = moved, np.full(level.shape, 0.9, np.float32)
-    values = cues(chains, np.zeros(count, int), SIDE, alike, field)
-    assert values.shape == (count, FRAMES, len(CUES) + (len(FIELD_CUES) if field else 0))
+    values = cues(chains, np.zeros(count, int), SIDE, alike)
+    assert values.shape == (count, FRAMES, len(CUES))
     assert np.isfinite(values).all()
     return judge(values, SIDE)
 
@@ -42,10 +35,9 @@ def test_frames_away_counts_to_the_nearest_known_frame():
     assert frames_away(known).tolist() == [[2, 1, 0, 1, 2, 1, 0, 1]]
 
 
-@pytest.mark.parametrize("apart", [None, 0.5])
 @pytest.mark.parametrize("inside", [LOOSE, LOST])
-def test_in_a_gap_between_strict_frames_sigma_is_larger_and_visibility_smaller(inside, apart):
-    answer = judged(with_gap(inside), apart)
+def test_in_a_gap_between_strict_frames_sigma_is_larger_and_visibility_smaller(inside):
+    answer = judged(with_gap(inside))
     sigma, visibility = answer.sigma[0], answer.visibility[0]
     assert sigma[8:14].min() > 1.5 * sigma[[7, 14]].max()
     assert visibility[8:14].max() < visibility[[7, 14]].min()
@@ -55,15 +47,13 @@ def test_in_a_gap_between_strict_frames_sigma_is_larger_and_visibility_smaller(i
         assert not answer.visible[0, 9:13].any()
 
 
-@pytest.mark.parametrize("apart", [None, 0.5])
-def test_a_point_that_stays_lost_stays_uncertain(apart):
+def test_a_point_that_stays_lost_stays_uncertain():
     level = np.where(np.arange(FRAMES) < 7, STRICT, LOST)
-    sigma = judged(level, apart).sigma[0]
+    sigma = judged(level).sigma[0]
     assert sigma[7:].min() > 1.5 * sigma[:7].max() and sigma[-1] > 0.7 * sigma[7]
 
 
-def test_a_field_that_contradicts_the_chain_lowers_visibility_and_raises_sigma():
-    level = np.full(FRAMES, STRICT)
-    agreed, contradicted = judged(level, 0.5), judged(level, 60.0)
-    assert (contradicted.visibility < agreed.visibility)[0, 1:].all()
-    assert (contradicted.sigma > agreed.sigma)[0, 1:].all()
+def test_one_frame_does_not_change_a_flag_but_two_do():
+    trust = np.full((2, 9), 0.9)
+    trust[0, 4], trust[1, 4:6] = 0.1, 0.1
+    assert (steady(trust) > 0.5).tolist() == [[True] * 9, [True] * 4 + [False] * 2 + [True] * 3]

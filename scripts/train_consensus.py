@@ -1,0 +1,163 @@
+"""Train the network that weighs witnesses (`omni.consensus`), on generated clips with exact truth.
+
+    python scripts/train_consensus.py --work runs/calibration
+
+Renders, preprocesses and fits each clip as `scripts/calibrate.py` does (which comes first: its
+sigma and confidence are part of what witnesses say), and writes `omni/consensus.safetensors`. Never
+looks at the evaluation clips.
+
+Letters: N points, T frames, W witnesses, F features.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from calibrate import NAMED, prepare
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from omni import run as runs
+from omni.config import Config, load_config
+from omni.consensus import Consensus
+from omni.metrics import DISTANCES
+
+WIDTH = 48
+POINTS, CLIPS = 16, 4
+"""points of a step, all frames of each, and clips that they come from"""
+RATE, DECAY = 2e-3, 1e-4
+WITHIN = 6.0
+"""pixels within which a visible point counts as trusted"""
+QUANTILES = ((0.72, 1, 0.5), (0.94, 2, 1.0))
+"""share of errors per axis to lie within so many sigma, and weight"""
+SMALLEST, LARGEST = 0.02, 200.0
+"""pixels between which errors teach sigma"""
+
+
+@dataclass
+class Clip:
+    """N points of one clip in T frames.
+
+    values: (N, T, W, F) float16. valid: (N, W). off: (N, T, W, 2) error of each witness, pixels.
+    visible: (N, T). asked: (N, T) True where a point was queried.
+    """
+
+    values: Tensor
+    valid: Tensor
+    off: Tensor
+    visible: Tensor
+    asked: Tensor
+
+    def of(self, points: Tensor) -> "Clip":
+        """Some of the points."""
+        return Clip(**{name: value[points] for name, value in vars(self).items()})
+
+
+def main() -> None:
+    """Render, fit, hear, train, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/calibration"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="of each scene")
+    parser.add_argument("--mixed", type=int, nargs="+", default=list(range(17, 41)), help="seeds")
+    parser.add_argument("--frames", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("-o", "--out", type=Path, help="default: the shipped file")
+    options = parser.parse_args()
+    config = load_config("cpu", options.set)
+    names = [(scene, seed) for seed in options.seeds for scene in NAMED]
+    names += [("mixed", seed) for seed in options.mixed]
+    clips = []
+    for scene, seed in tqdm(names, desc="clips"):
+        folder = options.work / f"{scene}-{seed}"
+        prepare(folder, scene, seed, options.frames, config)
+        clips.append(hear(folder, config))
+    network = train(clips, options.steps)
+    out = options.out or Path(runs.__file__).with_name("consensus.safetensors")
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, out)
+
+
+def hear(folder: Path, config: Config) -> Clip:
+    """What is said in one clip, and the truth about it; kept beside the clip, fitted if need be."""
+    runs.fit(folder / "run", config)
+    with np.load(folder / "truth.npz", allow_pickle=False) as data:
+        queries, truth, visible = data["queries"], data["tracks"], data["visible"]
+    frames = torch.from_numpy(np.rint(queries[:, 0]).astype(np.int64))
+    asked = torch.arange(visible.shape[1]) == frames[:, None]
+    heard, start = [], 0
+    for said, values in runs.load(folder / "run", "cpu").reader.testimony(queries):
+        rows = slice(start, start + len(values))
+        off = torch.from_numpy((said.xy - truth[rows]).transpose(1, 2, 0, 3)).float()
+        valid, seen = torch.from_numpy(said.valid.T), torch.from_numpy(visible[rows])
+        heard.append(Clip(values.half(), valid, off, seen, asked[rows]))
+        start = rows.stop
+    return together(heard)
+
+
+def together(parts: list[Clip]) -> Clip:
+    """The points of all parts, which have as many frames."""
+    names = vars(parts[0])
+    return Clip(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
+    """Fit a network to all clips, which count alike."""
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    network = Consensus(clips[0].values.shape[-1], WIDTH)
+    some = torch.cat([clip.values[::7, ::5].float().flatten(0, 2) for clip in clips])
+    network.mean.copy_(some.mean(0))
+    network.spread.copy_(some.std(0) + 1e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    bar = tqdm(range(steps), desc="steps")
+    for step in bar:
+        chosen = [clips[i] for i in random.choice(len(clips), CLIPS)]
+        points = [random.integers(0, len(clip.visible), POINTS // CLIPS) for clip in chosen]
+        drawn = zip(chosen, map(torch.from_numpy, points), strict=True)
+        losses = losses_of(network, together([clip.of(some) for clip, some in drawn]))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            bar.set_postfix({name: f"{value.item():.3f}" for name, value in losses.items()})
+    return network.eval()
+
+
+def losses_of(network: Consensus, clip: Clip) -> dict[str, Tensor]:
+    """Weighted losses: regret of the weights, and how well the result is judged.
+
+    Regret is what the expected share of TAP-Vid's distances within which a witness is falls short
+    of the best witness's; witnesses are told apart by it, not by distance, whose tail would rule.
+    """
+    rows = ~clip.asked
+    off, visible = clip.off[rows], clip.visible[rows]
+    valid = clip.valid[:, None].expand(clip.off.shape[:3])[rows]
+    score, judged = network(clip.values[rows].float(), valid)
+    error = off.norm(dim=-1)
+    worth = (error[..., None] < torch.tensor(DISTANCES)).float().mean(-1) * valid
+    regret = worth.amax(-1) - (score.softmax(-1) * worth).sum(-1)
+    best = score.argmax(-1, keepdim=True)
+    near = (error.gather(1, best)[:, 0] < WITHIN) & visible
+    size = off.take_along_dim(best[..., None], 1)[:, 0].abs().clamp(SMALLEST, LARGEST).log()
+    surprise = 0.0
+    for share, times, weight in QUANTILES:
+        over = size - judged[:, 2:] - np.log(times)
+        surprise = surprise + weight * torch.maximum(share * over, (share - 1) * over).mean(-1)
+    seen = visible.float()
+    return {
+        "regret": 3 * (regret * seen).sum() / seen.sum(),
+        "trust": F.binary_cross_entropy_with_logits(judged[:, 0], near.float()),
+        "visible": 0.3 * F.binary_cross_entropy_with_logits(judged[:, 1], seen),
+        "sigma": 0.1 * (surprise * seen).sum() / seen.sum(),
+    }
+
+
+if __name__ == "__main__":
+    main()
