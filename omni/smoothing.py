@@ -13,10 +13,10 @@ from omni.splines import bspline_weights, num_control_points
 
 __all__ = ["Curves", "fit_curves"]
 
-SPACING = 1.5
+SPACING = 1.0
 """Frames per control point. Measured: 3 and more lose camera shake (docs/experiments.md)."""
 
-ROUGHNESS = 0.01
+ROUGHNESS = 0.02
 """Weight of the squared second difference of control points."""
 
 HUBER = 1.5
