@@ -66,34 +66,50 @@ def alike(
     return (first * second).sum(-1)
 
 
-def differences(frames: np.ndarray, xy: np.ndarray, query_frames: np.ndarray) -> np.ndarray:
-    """How far the colours that witnesses lead to are from those of the query.
+def differences(
+    frames: np.ndarray, xy: np.ndarray, query_frames: np.ndarray, sure: np.ndarray
+) -> np.ndarray:
+    """How far the colours that witnesses lead to are from those of the point.
+
+    Its colours are those of the query, and those of the sure frame that is nearest in time: light
+    and pose change.
 
     Args:
         frames: (T, h, w, 3) uint8.
         xy: (W, N, T, 2) positions; the first witness is at the query in its frame.
         query_frames: (N,).
+        sure: (N, T) bool, where the first witness is to be believed; in query frames at least.
 
     Returns:
-        (3, W, N, T) grey levels: at the point, over a small patch, and over those of its samples
-        that are coloured like the point.
+        (5, W, N, T) grey levels: from the query at the point, over a small patch, and over those of
+        its samples that are coloured like the point; from the nearest sure frame, the first two.
     """
     witnesses, count, num_frames = xy.shape[:3]
     offsets = _offsets(frames, NEAR_RADIUS, 1.0)
-    middle = len(offsets) // 2
-    template = np.empty((count, len(offsets), 3), np.float32)
-    for t in np.unique(query_frames):
-        rows = np.flatnonzero(query_frames == t)
-        template[rows] = _colors(frames[t], xy[0, rows, t], offsets)
-    own = np.exp(-np.abs(template - template[:, [middle]]).mean(-1) / OWN_COLOR)
-    own /= own.sum(1, keepdims=True)
-    result = np.empty((3, witnesses, count, num_frames), np.float32)
-    for t in range(num_frames):
+    middle, points = len(offsets) // 2, np.arange(count)
+    own = np.stack(
+        [_colors(frames[t], xy[0, :, t], offsets).astype(np.uint8) for t in range(num_frames)]
+    )
+    template = own[query_frames, points].astype(np.float32)
+    alike = np.exp(-np.abs(template - template[:, [middle]]).mean(-1) / OWN_COLOR)
+    alike /= alike.sum(1, keepdims=True)
+    times = np.arange(num_frames)
+    result = np.empty((5, witnesses, count, num_frames), np.float32)
+    for t in times:
+        others = np.where(sure & (times != t), np.abs(times - t), num_frames)
+        recent = own[np.where(sure.sum(1) > 1, others.argmin(1), query_frames), points]
         for w in range(witnesses):
-            off = np.abs(_colors(frames[t], xy[w, :, t], offsets) - template).mean(-1)
-            off = np.minimum(off, LARGEST_DIFFERENCE)
-            result[:, w, :, t] = off[:, middle], off.mean(1), (off * own).sum(1)
+            colors = _colors(frames[t], xy[w, :, t], offsets)
+            off, now = (_capped(colors - patch) for patch in (template, recent))
+            values = off[:, middle], off.mean(1), (off * alike).sum(1), now[:, middle], now.mean(1)
+            result[:, w, :, t] = values
     return result
+
+
+def _capped(difference: np.ndarray) -> np.ndarray:
+    """Mean over channels, at most LARGEST_DIFFERENCE."""
+    red, green, blue = np.moveaxis(np.abs(difference), -1, 0)
+    return np.minimum((red + green + blue) / 3, LARGEST_DIFFERENCE)
 
 
 def contrast(

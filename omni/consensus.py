@@ -142,7 +142,9 @@ def features(
     close = np.stack([frames_away(one) for one in strict])
     away = np.abs(np.arange(shape[2]) - frames[:, None])
     contrasts = contrast(video, said.xy[PATH, points, frames], frames, said.offset)
-    colors = differences(video, said.xy, frames)
+    sure = strict[PATH].copy()
+    sure[points, frames] = True
+    colors = differences(video, said.xy, frames, sure)
     slips, parted = _slips(links, said.xy), _parted(said.xy, frames)
 
     def put(array: np.ndarray) -> Tensor:

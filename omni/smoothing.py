@@ -16,7 +16,7 @@ __all__ = ["Curves", "fit_curves"]
 SPACING = 1.0
 """Frames per control point. Measured: 3 and more lose camera shake (docs/experiments.md)."""
 
-ROUGHNESS = 0.02
+ROUGHNESS = 0.03
 """Weight of the squared second difference of control points."""
 
 HUBER = 1.5
