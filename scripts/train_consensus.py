@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="of each scene")
     parser.add_argument("--mixed", type=int, nargs="+", default=list(range(17, 31)), help="seeds")
     parser.add_argument("--frames", type=int, default=36)
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("-o", "--out", type=Path, help="default: the shipped file")
     options = parser.parse_args()
