@@ -193,6 +193,7 @@ def _sweep(state: _State, links: _Links, method: Method, step: int, threshold: f
             state.offer(target, rows, xy, sigma, visible)
         if 0 <= target - step < links.num_frames:
             _carry(state, target, step)
+        links.release()
 
 
 def _candidates(

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from omni.appearance import contrast, differences
 from omni.camera import REFERENCE_SIDE
 from omni.confidence import frames_away
-from omni.fusion import Witness
 from omni.integration import GUESSED, LOOSE, STRICT
 from omni.links import Links, sample_flow
 from omni.witnesses import FIELD, NAMED, PATH, Witnesses
@@ -119,7 +118,7 @@ def trained() -> Consensus:
 
 def features(
     said: Witnesses,
-    field: Witness,
+    seen: np.ndarray,
     links: Links,
     video: np.ndarray,
     frames: np.ndarray,
@@ -129,7 +128,7 @@ def features(
 
     Args:
         said: what they say.
-        field: the field's account, for its visibility.
+        seen: (N, T) visibility by the field.
         links: the flows.
         video: (T, h, w, 3) uint8.
         frames: (N,) query frames.
@@ -202,7 +201,7 @@ def features(
         *map(each, torch.log(contrasts + 2)),
         *map(wide, names),
         wide(torch.log1p(put(away))),
-        wide(put(field.visibility)),
+        wide(put(seen)),
         wide(heard),
         wide(near[0].amax(0)),
     ]
@@ -227,6 +226,7 @@ def _slips(links: Links, xy: np.ndarray) -> np.ndarray:
                 flow = sample_flow(links.fields(t, t + step)[0], start)
                 off = start + flow - xy[:, :, t + step].reshape(-1, 2)
                 result[row, :, :, t] = np.linalg.norm(off, axis=-1).reshape(xy.shape[:2])
+                links.release()
     return result
 
 

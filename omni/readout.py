@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 16
 
-HEARD = 2**19
-"""Positions of witnesses weighed at once: their features take 200 bytes each."""
+HEARD, WEIGHED = 2**22, 2**19
+"""Positions of witnesses held at once, 30 bytes each, and weighed at once, 200 bytes each."""
 
 HALF_STEP = 0.05
 """Frames on either side over which velocities are differences."""
@@ -218,20 +218,15 @@ class Reader:
     ) -> Iterator[tuple[Witnesses, torch.Tensor]]:
         """Witnesses and features, in parts of bounded memory."""
         path = settle(chains, frames, self.camera, field).at(np.arange(self.num_frames))
-        size = max(1, HEARD // (WITNESSES * self.num_frames))
-        for start in range(0, len(frames), size):
-            rows = slice(start, start + size)
+        each = WITNESSES * self.num_frames
+        for rows in _parts(len(frames), HEARD // each):
+            own, place, asked = chains.of(rows), path[rows], frames[rows]
             seen = Witness(field.xy[rows], field.visibility[rows])
-            said = call(
-                self._store,
-                self.camera,
-                self.landmarks,
-                chains.of(rows),
-                path[rows],
-                seen,
-                frames[rows],
-            )
-            yield said, features(said, seen, self.links, self.frames, frames[rows], self.device)
+            said = call(self._store, self.camera, self.landmarks, own, place, seen, asked)
+            for some in _parts(len(asked), WEIGHED // each):
+                part, shown = said.of(some), seen.visibility[some]
+                values = features(part, shown, self.links, self.frames, asked[some], self.device)
+                yield part, values
 
     @property
     def _scale(self) -> float:
@@ -324,6 +319,12 @@ class Reader:
                     f"the video has frames 0 to {self.num_frames - 1} of {width}x{height}"
                 )
         return points
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover `count` rows, `size` at most and one at least."""
+    step = max(1, size)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _same_time(times: np.ndarray, limit: int) -> Iterator[np.ndarray]:

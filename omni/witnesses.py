@@ -63,6 +63,10 @@ class Witnesses:
     offset: np.ndarray
     valid: np.ndarray
 
+    def of(self, rows: slice) -> "Witnesses":
+        """What is said of some of the points."""
+        return Witnesses(**{name: value[:, rows] for name, value in vars(self).items()})
+
 
 def call(
     store: Store,

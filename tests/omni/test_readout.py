@@ -105,6 +105,19 @@ def test_chunking_does_not_change_results(reader, fitted, scene, chunk):
         np.testing.assert_allclose(picture, part, atol=1e-5)
 
 
+@pytest.mark.parametrize("heard, weighed", [(1, 1), (2000, 500)])
+def test_how_many_witnesses_are_heard_at_once_does_not_change_results(
+    reader, scene, monkeypatch, heard, weighed
+):
+    queries = np.concatenate([queries_in(scene, frame, True)[:6] for frame in (0, 3)])
+    whole = reader.tracks(queries)
+    monkeypatch.setattr("omni.readout.HEARD", heard)
+    monkeypatch.setattr("omni.readout.WEIGHED", weighed)
+    parts = reader.tracks(queries)
+    np.testing.assert_allclose(parts.tracks, whole.tracks, atol=1e-3)
+    np.testing.assert_allclose(parts.visibility, whole.visibility, atol=1e-4)
+
+
 def test_the_order_of_queries_is_kept(reader, scene):
     queries = np.concatenate([queries_in(scene, frame, True)[:3] for frame in (3, 0, 5)])
     mixed = queries[[4, 0, 8, 2, 6, 1, 3, 5, 7]]
