@@ -17,13 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from calibrate import NAMED, prepare
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from omni import run as runs
 from omni.config import Config, load_config
 from omni.consensus import Consensus
+from omni.files import write_atomic
 from omni.metrics import DISTANCES
 from preprocess.training.sensor import expose
 
@@ -79,7 +80,7 @@ def main() -> None:
         clips.append(hear(folder, seed, config))
     network = train(clips, options.steps)
     out = options.out or Path(runs.__file__).with_name("consensus.safetensors")
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, out)
+    write_atomic(out, save(network.state_dict()))
 
 
 def hear(folder: Path, seed: int, config: Config) -> Clip:
