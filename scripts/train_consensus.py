@@ -32,6 +32,9 @@ WIDTH = 48
 POINTS, CLIPS = 16, 4
 """points of a step, all frames of each, and clips that they come from"""
 RATE, DECAY = 2e-3, 1e-4
+HIDDEN = 0.15
+"""share of the features that a point does not show in a step: real clips differ from generated ones
+in ways that no single feature may be relied on to survive"""
 WITHIN = 6.0
 """pixels within which a visible point counts as trusted"""
 QUANTILES = ((0.72, 1, 0.5), (0.94, 2, 1.0))
@@ -44,8 +47,8 @@ SMALLEST, LARGEST = 0.02, 200.0
 class Clip:
     """N points of one clip in T frames.
 
-    values: (N, T, W, F) float16. valid: (N, W). off: (N, T, W, 2) error of each witness, pixels.
-    visible: (N, T). asked: (N, T) True where a point was queried.
+    values: (N, T, W, F), half precision where kept. valid: (N, W). off: (N, T, W, 2) error of each
+    witness, pixels. visible: (N, T). asked: (N, T) True where a point was queried.
     """
 
     values: Tensor
@@ -133,7 +136,10 @@ def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
         chosen = [clips[i] for i in random.choice(len(clips), CLIPS)]
         points = [random.integers(0, len(clip.visible), POINTS // CLIPS) for clip in chosen]
         drawn = zip(chosen, map(torch.from_numpy, points), strict=True)
-        losses = losses_of(network, together([clip.of(some) for clip, some in drawn]))
+        batch = together([clip.of(some) for clip, some in drawn])
+        shown = torch.rand(len(batch.values), 1, 1, len(network.mean)) >= HIDDEN
+        batch.values = torch.where(shown, batch.values.float(), network.mean)
+        losses = losses_of(network, batch)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -153,7 +159,7 @@ def losses_of(network: Consensus, clip: Clip) -> dict[str, Tensor]:
     rows = ~clip.asked
     off, visible = clip.off[rows], clip.visible[rows]
     valid = clip.valid[:, None].expand(clip.off.shape[:3])[rows]
-    score, judged = network(clip.values[rows].float(), valid)
+    score, judged = network(clip.values[rows], valid)
     error = off.norm(dim=-1)
     worth = (error[..., None] < torch.tensor(DISTANCES)).float().mean(-1) * valid
     regret = worth.amax(-1) - (score.softmax(-1) * worth).sum(-1)
