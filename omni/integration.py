@@ -14,6 +14,7 @@ published correlation rule, which can be worse than its best source, replaced by
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from omni.landmarks import Landmarks
 from omni.links import Links
 from omni.store import UNKNOWN
 
-__all__ = ["Chains", "fuse", "integrate"]
+__all__ = ["Chains", "States", "fuse", "integrate"]
 
 LOST, GUESSED, LOOSE, STRICT = 0, 1, 2, 3
 """Levels of trust: no chain; some adjacent link does not close, so that a point may have gone over
@@ -52,13 +53,13 @@ GATE = 2.5
 
 
 @dataclass
-class Chains:
-    """Integrated states of N points in T frames.
+class States:
+    """Gaussian states of points and how they came about; the points are the second axis.
 
-    xy: (T, N, 2) mean. sigma: (T, N) pixels, inf where lost. level: (T, N) uint8.
-    error: (T, N) forward-backward error of the best link. agree: (T, N) uint8 fused candidates.
-    covered: (T, N) share of the links from strict states whose double cycle says hidden.
-    stretch: (T, N) largest stretch of the best link along the chain; high at motion borders.
+    xy: mean. sigma: pixels, inf where lost. level: uint8 trust. error: forward-backward error of
+    the best link. agree: uint8 fused candidates. covered: share of the links from strict states
+    whose double cycle says hidden. stretch: largest stretch of the best link along the chain; high
+    at motion borders.
     """
 
     xy: np.ndarray
@@ -68,6 +69,15 @@ class Chains:
     agree: np.ndarray
     covered: np.ndarray
     stretch: np.ndarray
+
+    def of(self, rows: slice) -> Self:
+        """The states of some of the points."""
+        return type(self)(**{name: value[:, rows] for name, value in vars(self).items()})
+
+
+@dataclass
+class Chains(States):
+    """Integrated states of N points in T frames: xy (T, N, 2), all others (T, N)."""
 
     @classmethod
     def start(cls, num_frames: int, frames: np.ndarray, xy: np.ndarray) -> "Chains":
@@ -85,10 +95,6 @@ class Chains:
         query = frames, np.arange(len(xy))
         chains.sigma[query], chains.level[query], chains.error[query] = 0, STRICT, 0
         return chains
-
-    def of(self, rows: slice) -> "Chains":
-        """The chains of some of the points."""
-        return Chains(**{name: value[:, rows] for name, value in vars(self).items()})
 
     def queries(self, frames: np.ndarray) -> np.ndarray:
         """Positions (N, 2) in the query frames (N,)."""

@@ -12,14 +12,14 @@ Letters: W witnesses, N points, T frames, U nodes, C cells. Raster pixels of the
 resolution.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from omni.baselines import trace
 from omni.camera import REFERENCE_SIDE, Camera
 from omni.fusion import Witness
-from omni.integration import LOOSE, LOST, Chains, integrate
+from omni.integration import LOOSE, LOST, Chains, States, integrate
 from omni.landmarks import Landmarks
 from omni.links import Links
 from omni.store import Store
@@ -41,31 +41,19 @@ STENCIL = np.concatenate([[(0, 0)], _EIGHT, 2 * _EIGHT, _FAR])
 
 WITNESSES = len(NAMED) + len(STENCIL)
 
-_STATES = "sigma level error agree covered stretch".split()
+_STATES = [state.name for state in fields(States) if state.name != "xy"]
 
 
 @dataclass
-class Witnesses:
-    """What W witnesses say of N points in T frames.
+class Witnesses(States):
+    """What W witnesses say of N points in T frames: xy (W, N, T, 2), other states (W, N, T).
 
-    xy: (W, N, T, 2). sigma, level, error, agree, covered, stretch: (W, N, T), as in `Chains`.
     offset: (W, N, 2) from each query to where the witness was in the query's frame.
     valid: (W, N) bool; False for a neighbour outside the frame or on another masked object.
     """
 
-    xy: np.ndarray
-    sigma: np.ndarray
-    level: np.ndarray
-    error: np.ndarray
-    agree: np.ndarray
-    covered: np.ndarray
-    stretch: np.ndarray
     offset: np.ndarray
     valid: np.ndarray
-
-    def of(self, rows: slice) -> "Witnesses":
-        """What is said of some of the points."""
-        return Witnesses(**{name: value[:, rows] for name, value in vars(self).items()})
 
 
 def call(

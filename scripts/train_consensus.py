@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from calibrate import NAMED, prepare
+from calibrate import LARGEST_ERROR, NAMED, QUANTILES, WITHIN, prepare
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -35,12 +35,8 @@ RATE, DECAY = 2e-3, 1e-4
 HIDDEN = 0.15
 """share of the features that a point does not show in a step: real clips differ from generated ones
 in ways that no single feature may be relied on to survive"""
-WITHIN = 6.0
-"""pixels within which a visible point counts as trusted"""
-QUANTILES = ((0.72, 1, 0.5), (0.94, 2, 1.0))
-"""share of errors per axis to lie within so many sigma, and weight"""
-SMALLEST, LARGEST = 0.02, 200.0
-"""pixels between which errors teach sigma"""
+SMALLEST_ERROR = 0.02
+"""pixels below which errors teach sigma nothing more"""
 
 
 @dataclass
@@ -165,7 +161,12 @@ def losses_of(network: Consensus, clip: Clip) -> dict[str, Tensor]:
     regret = worth.amax(-1) - (score.softmax(-1) * worth).sum(-1)
     best = score.argmax(-1, keepdim=True)
     near = (error.gather(1, best)[:, 0] < WITHIN) & visible
-    size = off.take_along_dim(best[..., None], 1)[:, 0].abs().clamp(SMALLEST, LARGEST).log()
+    size = (
+        off.take_along_dim(best[..., None], 1)[:, 0]
+        .abs()
+        .clamp(SMALLEST_ERROR, LARGEST_ERROR)
+        .log()
+    )
     surprise = 0.0
     for share, times, weight in QUANTILES:
         over = size - judged[:, 2:] - np.log(times)
