@@ -2,13 +2,16 @@
 
 It sees, for each witness, how its chain fared, how far the colours it leads to are from those of
 the query, how many others agree with it, and how far it is from the settled path and the field.
-It answers with weights, and says of the result how likely the point is visible, visible and within
-6 px, and how large the error is. Each point and frame is judged alone; `fusion.curve` joins them.
+Witnesses who name nearly the same place hear each other, so that a place is weighed by all that is
+known of those who name it. The network answers with weights, and says of the result how likely the
+point is visible, visible and within 6 px, and how large the error is. Each point and frame is
+judged alone; `fusion.curve` joins them.
 
 Its weights are data, `omni/consensus.safetensors`, trained on generated clips by
 `scripts/train_consensus.py`.
 
-Letters: W witnesses, N points, T frames, F features, H width, B rows (points and frames).
+Letters: W witnesses, N points, T frames, F features, H width, B rows (points and frames),
+C circles.
 """
 
 import math
@@ -29,17 +32,29 @@ from omni.integration import GUESSED, LOOSE, STRICT
 from omni.links import Links, sample_flow
 from omni.witnesses import FIELD, NAMED, PATH, Witnesses
 
-__all__ = ["THRESHOLD", "Consensus", "Verdict", "believe", "features", "joined", "trained"]
+__all__ = [
+    "THRESHOLD",
+    "Consensus",
+    "Verdict",
+    "believe",
+    "circles",
+    "features",
+    "joined",
+    "trained",
+]
 
 NEARBY = 4.0
 """Pixels, at a short side of 256, within which witnesses are averaged with the best one: the mean
 of two different stories is a third one that nobody told."""
 
+CIRCLES = (1.0, 3.0, 10.0)
+"""Pixels, at a short side of 256, within which witnesses hear each other."""
+
 THRESHOLD = 0.4
 """Least P(visible and within 6 px) of a point called visible: J / (1 + J) is best for AJ at a
 Jaccard index J of 0.67."""
 
-ROWS = 2**13
+ROWS = 2**10
 """Points and frames that go through the network at once."""
 
 FAR = 20.0
@@ -80,22 +95,25 @@ class Consensus(nn.Module):
         self.encode = nn.Sequential(
             nn.Linear(count, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
+        self.keep, self.hear = nn.Linear(width, width), nn.Linear(len(CIRCLES) * width, width)
         self.own, self.common = nn.Linear(width, width), nn.Linear(3 * width, width)
         self.score = nn.Linear(width, 1)
         self.judge = nn.Sequential(nn.Linear(4 * width, width), nn.SiLU(), nn.Linear(width, 3))
 
-    def forward(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, values: Tensor, valid: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
         """Weigh witnesses.
 
         Args:
             values: (B, W, F) features.
             valid: (B, W) bool; the path is always valid.
+            xy: (B, W, 2) the places they name, pixels at a short side of 256, from any origin.
 
         Returns:
             (B, W) scores, -inf where not valid, and (B, 3): logits of trust and of visibility, and
             log sigma in pixels at a short side of 256.
         """
         code = self.encode((values - self.mean) / self.spread)
+        code = code + F.silu(self.keep(code) + self.hear(circles(code, valid, xy)))
         known = valid[..., None]
         mean = (code * known).sum(1) / known.sum(1)
         most = code.masked_fill(~known, -torch.inf).amax(1)
@@ -104,6 +122,19 @@ class Consensus(nn.Module):
         score = score.masked_fill(~valid, -torch.inf)
         believed = (score.softmax(-1)[..., None] * code).sum(1)
         return score, self.judge(torch.cat([believed, common], dim=-1))
+
+
+def circles(code: Tensor, valid: Tensor, xy: Tensor) -> Tensor:
+    """Mean codes (B, W, C H) of the valid witnesses in each of the C circles around each.
+
+    Circles are Gaussian windows. See `Consensus.forward` for what is given.
+    """
+    squared = (xy[:, :, None] - xy[:, None]).square().sum(-1)
+    means = []
+    for reach in CIRCLES:
+        weight = torch.exp(-squared / (2 * reach**2)) * valid[:, None]
+        means.append(weight @ code / (weight.sum(-1, keepdim=True) + 1e-3))
+    return torch.cat(means, dim=-1)
 
 
 @cache
@@ -278,10 +309,12 @@ def _agreement(xy: Tensor, votes: Tensor, voice: Tensor, watched: Tensor):
 def believe(network: Consensus, values: Tensor, said: Witnesses, scale: float) -> Verdict:
     """The verdict on `features` of what was said."""
     count, times, witnesses, _ = values.shape
-    valid = torch.from_numpy(said.valid.T).to(values.device)[:, None]
-    rows = values.flatten(0, 1).split(ROWS)
-    allowed = valid.expand(-1, times, -1).flatten(0, 1).split(ROWS)
-    parts = [network(row, may) for row, may in zip(rows, allowed, strict=True)]
+    valid = torch.from_numpy(said.valid.T).to(values.device)[:, None].expand(-1, times, -1)
+    # Differences count, and far from the origin single precision has fewer digits for them.
+    place = torch.from_numpy((said.xy - said.xy[PATH]) / np.float32(scale)).to(values.device)
+    inputs = values, valid, place.permute(1, 2, 0, 3)
+    rows = zip(*(value.flatten(0, 1).split(ROWS) for value in inputs), strict=True)
+    parts = [network(*row) for row in rows]
     score, judged = (
         torch.cat(part).unflatten(0, (count, times)) for part in zip(*parts, strict=True)
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni import textures
-from omni.surfaces import Box, Camera, Ellipsoid, Path, Ripple, Sheet, Surface
+from omni.surfaces import Box, Camera, Ellipsoid, Joint, Path, Ripple, Sheet, Surface
 
 __all__ = ["SCENES", "Scene"]
 
@@ -341,6 +341,67 @@ def _mixed(size: tuple[int, int], rng: np.random.Generator) -> Scene:
     return Scene(camera, room, tuple(objects), 1.0, shutter, gain)
 
 
+def _creature(place: Path, heading: float, period: float, rng: np.random.Generator) -> list:
+    """An animal with a body, a head, a tail and two pairs of legs, which it swings as it goes."""
+    cover = _any_cover(rng)
+    length, height = rng.uniform(0.35, 0.6), rng.uniform(0.14, 0.24)
+    thick, thigh, shank = rng.uniform(0.03, 0.07), rng.uniform(0.25, 0.4), rng.uniform(0.2, 0.4)
+    across = np.array([-np.sin(heading), 0, np.cos(heading)])
+    body, swing = Path((0, -heading, 0)), rng.uniform(0.25, 0.7)
+
+    def part(base: Path | Joint, turn: Path, reach: np.ndarray, width: float) -> tuple:
+        """An ellipsoid along y from `base`, and the joint at its end."""
+        radii = Path((width, 0.5 * reach + 0.5 * width, width))
+        middle = Joint(base, turn, (0, 0.5 * reach, 0))
+        return Ellipsoid(cover, middle, turn, 1, radii=radii), Joint(base, turn, (0, reach, 0))
+
+    def hinge(rest: float, reach: float, phase: float) -> Path:
+        return Path(tuple(rest * across), waves=((tuple(reach * across), period, phase),))
+
+    trunk = Ellipsoid(cover, place, body, 1, radii=Path((length, height, 0.7 * height)))
+    neck = Joint(place, body, (0.9 * length, -0.3 * height, 0))
+    nod = hinge(rng.uniform(-2.6, -1.8), 0.2 * rng.random(), rng.uniform(0, 6))
+    nape, head = part(neck, nod, rng.uniform(0.15, 0.4), 0.5 * height)
+    face = hinge(rng.uniform(-1.4, -0.6), 0.1, 0)
+    wag = hinge(rng.uniform(0.5, 1.3), rng.uniform(0.1, 0.6), rng.uniform(0, 6))
+    tail = Joint(place, body, (-0.95 * length, -0.2 * height, 0))
+    parts = [trunk, nape, part(head, face, 0.25, 0.4 * height)[0]]
+    parts.append(part(tail, wag, rng.uniform(0.2, 0.5), 0.4 * thick)[0])
+    gait = rng.uniform(0, 6)
+    for leg, (along, side) in enumerate([(0.75, 1), (0.75, -1), (-0.75, 1), (-0.75, -1)]):
+        hip = Joint(place, body, (along * length, 0.5 * height, 0.5 * side * height))
+        phase = gait + np.pi * (leg in (1, 2)) + rng.uniform(-0.5, 0.5)
+        upper, knee = part(hip, hinge(0, swing, phase), thigh, 1.3 * thick)
+        lower, _ = part(knee, hinge(0.2, swing, phase - 1), shank, thick)
+        parts += [upper, lower]
+    return parts
+
+
+def _walk(size: tuple[int, int], rng: np.random.Generator) -> Scene:
+    pace = float(np.exp(rng.uniform(np.log(0.01), np.log(0.12))))
+    objects = []
+    for _ in range(rng.integers(1, 3)):
+        heading = rng.choice((0, np.pi)) + rng.uniform(-0.7, 0.7)
+        start = (rng.uniform(-0.5, 0.5), FLOOR - rng.uniform(0.7, 1.1), rng.uniform(2.4, 4.5))
+        ahead = pace * np.array([np.cos(heading), 0, np.sin(heading)])
+        bob = ((0, 0.3 * pace, 0), rng.uniform(5, 15), rng.uniform(0, 6))
+        place = Path(tuple(start - 15 * ahead), tuple(ahead), (bob,))
+        objects += _creature(place, heading, rng.uniform(9, 40), rng)
+    followed = 0.9 * rng.random() * ahead
+    objects += [_any_object(0.3, rng) for _ in range(rng.integers(0, 3))]
+    if rng.random() < 0.3:
+        objects.append(_wires(0.3, rng))
+    camera = Camera(
+        size,
+        Path(tuple(-15 * followed), tuple(followed), _wander(0.1, rng)),
+        Path((-0.05, 0, 0), waves=_wander(0.02, rng)),
+        focal=rng.uniform(0.8, 1.3),
+    )
+    shutter = rng.uniform(0.2, 0.6) * (rng.random() < 0.5)
+    room = _room(_any_cover(rng), _any_cover(rng))
+    return Scene(camera, room, tuple(objects), 1.0, shutter)
+
+
 SCENES: dict[str, Callable[[tuple[int, int], np.random.Generator], Scene]] = {
     "demo": _demo,
     "cloth": _cloth,
@@ -349,6 +410,8 @@ SCENES: dict[str, Callable[[tuple[int, int], np.random.Generator], Scene]] = {
     "blocks": _blocks,
     "blank": _blank,
     "mixed": _mixed,
+    "walk": _walk,
 }
 """demo: all at once; cloth: non-rigid; bars: thin occluders; shake: fast, blurred, flickering;
-blocks: rotating boxes; blank: low texture; mixed: everything at random, another scene each seed."""
+blocks: rotating boxes; blank: low texture; mixed: everything at random, another scene each seed;
+walk: animals on four legs, another scene each seed."""

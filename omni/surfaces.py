@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from omni.textures import Texture
 
-__all__ = ["Box", "Camera", "Ellipsoid", "Path", "Ripple", "Sheet", "Surface", "dot"]
+__all__ = ["Box", "Camera", "Ellipsoid", "Joint", "Path", "Ripple", "Sheet", "Surface", "dot"]
 
 NEAR = 0.05
 
@@ -36,6 +36,23 @@ class Path:
         for amplitude, period, phase in self.waves:
             value = value + np.multiply(amplitude, np.sin(2 * np.pi * t / period + phase))
         return value
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The end of an arm, as a function of time: what hangs on a turning body.
+
+    base: where the arm begins. turn: rotation vector of the body that it belongs to. arm: (3,) in
+    the frame of that body.
+    """
+
+    base: "Path | Joint"
+    turn: Path
+    arm: tuple
+
+    def __call__(self, t: float) -> np.ndarray:
+        """Place at time t, frames."""
+        return self.base(t) + _rotation(self.turn, t) @ np.array(self.arm)
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Surface(ABC):
     """
 
     texture: Texture
-    place: Path = Path()
+    place: Path | Joint = Path()
     turn: Path = Path()
     repeats: float = 1.0
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 from scipy.optimize import minimize
 
 from omni import run as runs
@@ -28,8 +29,11 @@ from omni.readout import Reader
 from omni.store import Store
 from omni.synthetic import SCENES, SyntheticClip, make_clip
 from preprocess import sigma as flow_sigma
+from preprocess.training.sensor import expose
 
-NAMED = [scene for scene in SCENES if scene != "mixed"]
+RANDOM = ["mixed", "walk"]
+"""scenes that are others for each seed, for `scripts/train_consensus.py`"""
+NAMED = [scene for scene in SCENES if scene not in RANDOM]
 SIZE = (256, 256)
 POINTS = 400
 """points per frame at which flows are compared with the truth"""
@@ -75,18 +79,30 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def prepare(folder: Path, scene: str, seed: int, frames: int, config: Config) -> None:
-    """Render a clip, note the truth about 512 queries of all frames, and compute its flows."""
+def prepare(
+    folder: Path, scene: str, seed: int, frames: int, config: Config, filmed: bool = False
+) -> None:
+    """Render a clip, note the truth about 512 queries of all frames, and compute its flows.
+
+    A filmed one is seen through a camera and a codec.
+    """
     truth, images = folder / "truth.npz", folder / "frames"
     if not truth.is_file():
         images.mkdir(parents=True, exist_ok=True)
         clip = make_clip(scene, frames, SIZE, seed)
-        for t, image in enumerate(clip.video):
+        for t, image in enumerate(photographs(clip.video, seed) if filmed else clip.video):
             iio.imwrite(images / f"{t:04d}.png", image)
         queries = clip.queries(512)
         tracks, visible = clip.track(queries)
         np.savez(truth, queries=queries, tracks=tracks, visible=visible)
     runs.preprocess_video(images, folder / "run", config)
+
+
+def photographs(video: np.ndarray, seed: int) -> np.ndarray:
+    """Frames (T, h, w, 3) uint8 as a camera and a codec would leave them."""
+    images = torch.from_numpy(np.array(video)).permute(0, 3, 1, 2).float() / 255
+    taken = expose(list(images[:, None]), torch.Generator().manual_seed(seed))
+    return torch.cat(taken).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def write_sigma(folders: list[Path], clips: list[tuple[str, int]], made_by: str) -> None:

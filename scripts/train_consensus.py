@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from calibrate import LARGEST_ERROR, NAMED, QUANTILES, WITHIN, prepare
+from calibrate import LARGEST_ERROR, NAMED, QUANTILES, RANDOM, WITHIN, photographs, prepare
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -26,11 +26,10 @@ from omni.config import Config, load_config
 from omni.consensus import Consensus
 from omni.files import write_atomic
 from omni.metrics import DISTANCES
-from preprocess.training.sensor import expose
 
 WIDTH = 48
-POINTS, CLIPS = 16, 4
-"""points of a step, all frames of each, and clips that they come from"""
+POINTS = 16
+"""points of a step, all frames of each, each of a clip drawn for it"""
 RATE, DECAY = 2e-3, 1e-4
 HIDDEN = 0.15
 """share of the features that a point does not show in a step: real clips differ from generated ones
@@ -64,36 +63,39 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/calibration"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="of each scene")
     parser.add_argument("--mixed", type=int, nargs="+", default=list(range(17, 31)), help="seeds")
+    parser.add_argument("--filmed", type=int, nargs="+", default=list(range(31, 41)), help="seeds")
     parser.add_argument("--frames", type=int, default=36)
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("-o", "--out", type=Path, help="default: the shipped file")
     options = parser.parse_args()
     config = load_config("cpu", options.set)
-    names = [(scene, seed) for seed in options.seeds for scene in NAMED]
-    names += [("mixed", seed) for seed in options.mixed]
+    names = [(scene, seed, False) for seed in options.seeds for scene in NAMED]
+    names += [("mixed", seed, False) for seed in options.mixed]
+    names += [(scene, seed, True) for seed in options.filmed for scene in RANDOM]
     clips = []
-    for scene, seed in tqdm(names, desc="clips"):
-        folder = options.work / f"{scene}-{seed}"
-        prepare(folder, scene, seed, options.frames, config)
-        clips.append(hear(folder, seed, config))
+    for scene, seed, filmed in tqdm(names, desc="clips"):
+        folder = options.work / f"{scene}-{seed}{'-filmed' * filmed}"
+        prepare(folder, scene, seed, options.frames, config, filmed)
+        clips.append(hear(folder, seed, config, filmed))
     network = train(clips, options.steps)
     out = options.out or Path(runs.__file__).with_name("consensus.safetensors")
     write_atomic(out, save(network.state_dict()))
 
 
-def hear(folder: Path, seed: int, config: Config) -> Clip:
+def hear(folder: Path, seed: int, config: Config, filmed: bool) -> Clip:
     """What is said in one clip, and the truth about it, after fitting it if need be.
 
-    Every other point sees the colours of photographs, as a camera and a codec leave them.
+    Every other point of a clip that was not filmed sees the colours of photographs all the same.
     """
     runs.fit(folder / "run", config)
     with np.load(folder / "truth.npz", allow_pickle=False) as data:
         queries, truth, visible = data["queries"], data["tracks"], data["visible"]
     reader = runs.load(folder / "run", "cpu").reader
-    clean, heard = reader.frames, []
-    for first, video in enumerate((clean, photographs(clean, seed))):
-        reader.frames, rows = video, np.arange(first, len(queries), 2)
+    own, heard = reader.frames, []
+    looks = [own] if filmed else [own, photographs(own, seed)]
+    for first, video in enumerate(looks):
+        reader.frames, rows = video, np.arange(first, len(queries), len(looks))
         for said, values in reader.testimony(queries[rows]):
             part, rows = rows[: len(values)], rows[len(values) :]
             frames = torch.from_numpy(np.rint(queries[part, 0]).astype(np.int64))
@@ -102,13 +104,6 @@ def hear(folder: Path, seed: int, config: Config) -> Clip:
             valid, seen = torch.from_numpy(said.valid.T), torch.from_numpy(visible[part])
             heard.append(Clip(values.half(), valid, off, seen, asked))
     return together(heard)
-
-
-def photographs(video: np.ndarray, seed: int) -> np.ndarray:
-    """Frames (T, h, w, 3) uint8 as a camera and a codec would leave them."""
-    images = torch.from_numpy(np.array(video)).permute(0, 3, 1, 2).float() / 255
-    taken = expose(list(images[:, None]), torch.Generator().manual_seed(seed))
-    return torch.cat(taken).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def together(parts: list[Clip]) -> Clip:
@@ -129,8 +124,8 @@ def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     bar = tqdm(range(steps), desc="steps")
     for step in bar:
-        chosen = [clips[i] for i in random.choice(len(clips), CLIPS)]
-        points = [random.integers(0, len(clip.visible), POINTS // CLIPS) for clip in chosen]
+        chosen = [clips[i] for i in random.choice(len(clips), POINTS)]
+        points = [random.integers(0, len(clip.visible), 1) for clip in chosen]
         drawn = zip(chosen, map(torch.from_numpy, points), strict=True)
         batch = together([clip.of(some) for clip, some in drawn])
         shown = torch.rand(len(batch.values), 1, 1, len(network.mean)) >= HIDDEN
@@ -155,7 +150,8 @@ def losses_of(network: Consensus, clip: Clip) -> dict[str, Tensor]:
     rows = ~clip.asked
     off, visible = clip.off[rows], clip.visible[rows]
     valid = clip.valid[:, None].expand(clip.off.shape[:3])[rows]
-    score, judged = network(clip.values[rows], valid)
+    # Truth cancels in differences of errors, which are those of the places.
+    score, judged = network(clip.values[rows], valid, off)
     error = off.norm(dim=-1)
     worth = (error[..., None] < torch.tensor(DISTANCES)).float().mean(-1) * valid
     regret = worth.amax(-1) - (score.softmax(-1) * worth).sum(-1)

@@ -145,9 +145,9 @@ def test_no_name_of_a_video_leads_out_of_the_folder_of_runs(name):
     assert chosen.resolve().parent == Path("runs").resolve()
 
 
-def test_what_a_message_repeats_cannot_steer_the_terminal():
+def test_what_a_message_repeats_cannot_steer_the_terminal(tmp_path):
     command = [*kills.OMNI, "optimize", "a\x1b]0;gotcha\x07\nsecond line.mp4"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert "\x1b" not in result.stderr and "gotcha" in result.stderr
 

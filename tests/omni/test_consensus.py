@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni.consensus import NEARBY, Consensus, believe, joined, trained
+from omni.consensus import NEARBY, Consensus, believe, circles, joined, trained
 from omni.witnesses import NAMED, PATH, WITNESSES, Witnesses
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_consensus.py"
@@ -25,7 +25,7 @@ def heard(witnesses=12, seed=0):
     values = torch.randn(POINTS * TIMES, witnesses, FEATURES, generator=generator)
     valid = torch.rand(POINTS * TIMES, witnesses, generator=generator) < 0.7
     valid[:, PATH] = True
-    return values, valid
+    return values, valid, 6 * torch.rand(POINTS * TIMES, witnesses, 2, generator=generator)
 
 
 def says(xy, valid=None):
@@ -39,22 +39,38 @@ def says(xy, valid=None):
 
 
 def test_the_order_of_witnesses_does_not_matter(network):
-    values, valid = heard()
+    values, valid, xy = heard()
     order = torch.tensor([PATH, *torch.randperm(11).add(1).tolist()])
-    score, judged = network(values, valid)
-    again, same = network(values[:, order], valid[:, order])
+    score, judged = network(values, valid, xy)
+    again, same = network(values[:, order], valid[:, order], xy[:, order])
     torch.testing.assert_close(again, score[:, order])
     torch.testing.assert_close(same, judged)
 
 
 def test_a_witness_that_is_not_valid_changes_nothing(network):
-    values, valid = heard()
-    score, judged = network(values, valid)
+    values, valid, xy = heard()
+    score, judged = network(values, valid, xy)
     assert torch.isneginf(score[~valid]).all() and torch.isfinite(score[valid]).all()
     nonsense = torch.where(valid[..., None], values, 1e3)
-    again, same = network(nonsense, valid)
+    elsewhere = torch.where(valid[..., None], xy, 1e3)
+    again, same = network(nonsense, valid, elsewhere)
     torch.testing.assert_close(again, score)
     torch.testing.assert_close(same, judged)
+
+
+def test_witnesses_hear_those_who_name_the_same_place_and_nobody_far_away(network):
+    values, _, xy = heard()
+    valid = torch.ones(xy.shape[:2], dtype=torch.bool)
+    xy[:, 6:] += 40
+    score, _ = network(values, valid, xy)
+    louder = values.clone()
+    louder[:, -1] += 1
+    code = [network.encode((v - network.mean) / network.spread) for v in (values, louder)]
+    before, after = (circles(c, valid, xy) for c in code)
+    assert (before[:, :6] == after[:, :6]).all()
+    assert (before[:, 6:] != after[:, 6:]).any(-1).all()
+    moved, _ = network(values, valid, xy + 17)
+    torch.testing.assert_close(moved, score, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -127,7 +143,8 @@ def test_training_finds_the_witness_who_is_right_and_how_right_he_is(script):
 
     network = script["train"]([clip(), clip()], steps=300)
     test = clip()
-    score, judged = network(test.values.float().flatten(0, 1), torch.ones(64 * TIMES, 10).bool())
+    valid = torch.ones(64 * TIMES, 10).bool()
+    score, judged = network(test.values.float().flatten(0, 1), valid, test.off.flatten(0, 1))
     error = test.off.norm(dim=-1).flatten(0, 1)
     believed = (score.softmax(-1) * error).sum(-1)
     assert believed.mean() < 1.5 * error.amin(-1).mean() < 0.2 * error.mean()

@@ -8,7 +8,7 @@ from scipy.ndimage import map_coordinates
 
 from omni.coords import grid_queries
 from omni.errors import OmniError
-from omni.surfaces import Camera, Ellipsoid, Ripple, Sheet
+from omni.surfaces import Camera, Ellipsoid, Joint, Ripple, Sheet
 from omni.surfaces import Path as Motion
 from omni.synthetic import SCENES, make_clip
 from omni.textures import noise
@@ -210,3 +210,13 @@ def test_make_demo_writes_a_video_and_truth_that_fit_together(tmp_path, monkeypa
     expected = make_clip("demo", 5, (48, 64)).video
     error = np.abs(np.stack(list(source)).astype(float) - expected)
     assert error.mean() < 6, "the encode loses too much"
+
+
+def test_what_hangs_on_a_joint_goes_and_turns_with_what_it_hangs_on():
+    hip = Motion((1, 2, 3), (0.1, 0, 0))
+    knee = Joint(hip, Motion(waves=(((0, 0, 0.5), 20, 0),)), (0, 1, 0))
+    foot = Joint(knee, Motion(), (0, 2, 0))
+    angle = 0.5 * np.sin(2 * np.pi * 3 / 20)
+    bent = np.array([1.3 - np.sin(angle), 2 + np.cos(angle), 3])
+    np.testing.assert_allclose(knee(3), bent)
+    np.testing.assert_allclose(foot(3), bent + (0, 2, 0))
