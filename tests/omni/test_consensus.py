@@ -61,7 +61,7 @@ def test_a_witness_that_is_not_valid_changes_nothing(network):
 def test_witnesses_hear_those_who_name_the_same_place_and_nobody_far_away(network):
     values, _, xy = heard()
     valid = torch.ones(xy.shape[:2], dtype=torch.bool)
-    xy[:, 6:] += 40
+    xy[:, 6:] += 400
     score, _ = network(values, valid, xy)
     louder = values.clone()
     louder[:, -1] += 1
