@@ -349,7 +349,7 @@ def _creature(place: Path, heading: float, period: float, rng: np.random.Generat
     across = np.array([-np.sin(heading), 0, np.cos(heading)])
     body, swing = Path((0, -heading, 0)), rng.uniform(0.25, 0.7)
 
-    def part(base: Path | Joint, turn: Path, reach: np.ndarray, width: float) -> tuple:
+    def part(base: Path | Joint, turn: Path, reach: float, width: float) -> tuple:
         """An ellipsoid along y from `base`, and the joint at its end."""
         radii = Path((width, 0.5 * reach + 0.5 * width, width))
         middle = Joint(base, turn, (0, 0.5 * reach, 0))
