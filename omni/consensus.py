@@ -308,7 +308,7 @@ def _agreement(xy: Tensor, votes: Tensor, voice: Tensor, watched: Tensor):
 @torch.no_grad()
 def believe(network: Consensus, values: Tensor, said: Witnesses, scale: float) -> Verdict:
     """The verdict on `features` of what was said."""
-    count, times, witnesses, _ = values.shape
+    count, times = values.shape[:2]
     valid = torch.from_numpy(said.valid.T).to(values.device)[:, None].expand(-1, times, -1)
     # Differences count, and far from the origin single precision has fewer digits for them.
     place = torch.from_numpy((said.xy - said.xy[PATH]) / np.float32(scale)).to(values.device)

@@ -125,9 +125,8 @@ def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
     bar = tqdm(range(steps), desc="steps")
     for step in bar:
         chosen = [clips[i] for i in random.choice(len(clips), POINTS)]
-        points = [random.integers(0, len(clip.visible), 1) for clip in chosen]
-        drawn = zip(chosen, map(torch.from_numpy, points), strict=True)
-        batch = together([clip.of(some) for clip, some in drawn])
+        points = (torch.from_numpy(random.integers(0, len(c.visible), 1)) for c in chosen)
+        batch = together([clip.of(point) for clip, point in zip(chosen, points, strict=True)])
         shown = torch.rand(len(batch.values), 1, 1, len(network.mean)) >= HIDDEN
         batch.values = torch.where(shown, batch.values.float(), network.mean)
         losses = losses_of(network, batch)

@@ -65,8 +65,7 @@ def test_witnesses_hear_those_who_name_the_same_place_and_nobody_far_away(networ
     score, _ = network(values, valid, xy)
     louder = values.clone()
     louder[:, -1] += 1
-    code = [network.encode((v - network.mean) / network.spread) for v in (values, louder)]
-    before, after = (circles(c, valid, xy) for c in code)
+    before, after = (circles(code, valid, xy) for code in (values, louder))
     assert (before[:, :6] == after[:, :6]).all()
     assert (before[:, 6:] != after[:, 6:]).any(-1).all()
     moved, _ = network(values, valid, xy + 17)
