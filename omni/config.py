@@ -237,7 +237,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     threads: int = 0
-    """CPU threads of the fit; 0: torch's choice"""
+    """CPU threads of fit and read-out; 0: torch's choice"""
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -129,10 +129,11 @@ def circles(code: Tensor, valid: Tensor, xy: Tensor) -> Tensor:
 
     Circles are Gaussian windows. See `Consensus.forward` for what is given.
     """
-    squared = (xy[:, :, None] - xy[:, None]).square().sum(-1)
+    squared = sum((one[:, :, None] - one[:, None]).square() for one in xy.unbind(-1))
+    squared = squared.masked_fill(~valid[:, None], torch.inf)
     means = []
     for reach in CIRCLES:
-        weight = torch.exp(-squared / (2 * reach**2)) * valid[:, None]
+        weight = torch.exp(squared * (-0.5 / reach**2))
         means.append(weight @ code / (weight.sum(-1, keepdim=True) + 1e-3))
     return torch.cat(means, dim=-1)
 
@@ -236,7 +237,7 @@ def features(
         wide(heard),
         wide(near[0].amax(0)),
     ]
-    return torch.stack(values, dim=-1).permute(1, 2, 0, 3)
+    return torch.stack(values).permute(2, 3, 1, 0)
 
 
 def _slips(links: Links, xy: np.ndarray) -> np.ndarray:
@@ -289,10 +290,12 @@ def _agreement(xy: Tensor, votes: Tensor, voice: Tensor, watched: Tensor):
     """
     all_votes, all_voices = votes.sum(0), voice.sum(0)
     near, common, from_path = [], [], None
+    axes = [one.contiguous() for one in xy.unbind(-1)]
     for w in range(len(xy)):
-        distance = (xy - xy[w]).norm(dim=-1)
+        squared = sum((one - one[w]).square() for one in axes)
+        distance = squared.sqrt()
         others = all_votes - votes[w] + 0.1
-        kernels = [torch.exp(-0.5 * (distance / width) ** 2) for width in _KERNELS]
+        kernels = [torch.exp(squared * (-0.5 / width**2)) for width in _KERNELS]
         near.append(torch.stack([((k * votes).sum(0) - votes[w]) / others for k in kernels]))
         both = watched * watched[w]
         apart = (distance.clamp(max=FAR) * both).sum(-1) / (both.sum(-1) + 1)
@@ -313,8 +316,8 @@ def believe(network: Consensus, values: Tensor, said: Witnesses, scale: float) -
     # Differences count, and far from the origin single precision has fewer digits for them.
     place = torch.from_numpy((said.xy - said.xy[PATH]) / np.float32(scale)).to(values.device)
     inputs = values, valid, place.permute(1, 2, 0, 3)
-    rows = zip(*(value.flatten(0, 1).split(ROWS) for value in inputs), strict=True)
-    parts = [network(*row) for row in rows]
+    points = zip(*(value.split(max(1, ROWS // times)) for value in inputs), strict=True)
+    parts = [network(*(value.flatten(0, 1) for value in some)) for some in points]
     score, judged = (
         torch.cat(part).unflatten(0, (count, times)) for part in zip(*parts, strict=True)
     )

@@ -74,6 +74,12 @@ class States:
         """The states of some of the points."""
         return type(self)(**{name: value[:, rows] for name, value in vars(self).items()})
 
+    @classmethod
+    def joined(cls, parts: list[Self]) -> Self:
+        """The states of the points of all parts."""
+        names = vars(parts[0])
+        return cls(**{name: np.concatenate([vars(p)[name] for p in parts], 1) for name in names})
+
 
 @dataclass
 class Chains(States):

@@ -13,7 +13,7 @@ import torch
 from omni.appearance import similarity
 from omni.camera import REFERENCE_SIDE, Camera, global_motion
 from omni.confidence import Judgement, cues, judge, steady
-from omni.consensus import THRESHOLD, believe, features, joined, trained
+from omni.consensus import THRESHOLD, Verdict, believe, features, joined, trained
 from omni.coords import (
     denormalize,
     grid_queries,
@@ -31,6 +31,7 @@ from omni.links import Links
 from omni.memory import out_of_memory, require_memory
 from omni.model import Field
 from omni.store import Store
+from omni.threads import spread
 from omni.tracks import Tracks
 from omni.witnesses import WITNESSES, Witnesses, call
 
@@ -41,7 +42,11 @@ log = logging.getLogger(__name__)
 SMALLEST_CHUNK = 16
 
 HEARD, WEIGHED = 2**22, 2**19
-"""Positions of witnesses held at once, 30 bytes each, and weighed at once, 200 bytes each."""
+"""Positions of witnesses that a thread holds at once, 30 bytes each, and weighs at once, 200 bytes
+each."""
+
+THREAD_BYTES = 2**29
+"""Memory that a thread needs at most."""
 
 HALF_STEP = 0.05
 """Frames on either side over which velocities are differences."""
@@ -182,7 +187,10 @@ class Reader:
 
         Needs a field. Processing pixels.
         """
-        yield from self._hear(*self._accounts(self._checked(query_points)))
+        accounts = self._accounts(self._checked(query_points))
+        path = self._settled(*accounts)
+        for rows in _parts(len(path), self._at_once(HEARD)):
+            yield from self._hear(*accounts, path, rows)
 
     def _settle(self, points: np.ndarray) -> tuple[Path, Judgement]:
         """Paths and their judgement in every frame, processing pixels."""
@@ -191,8 +199,13 @@ class Reader:
             path, values = self._cues(chains, frames)
             return path, judge(values, min(self.size))
         network = trained().to(self.device)
-        heard = self._hear(frames, chains, field)
-        verdict = joined([believe(network, values, said, self._scale) for said, values in heard])
+        settled = self._settled(frames, chains, field)
+
+        def weigh(rows: slice) -> Verdict:
+            heard = self._hear(frames, chains, field, settled, rows)
+            return joined([believe(network, part, said, self._scale) for said, part in heard])
+
+        verdict = joined(spread(weigh, len(points), self._at_once(HEARD), THREAD_BYTES))
         path = curve(verdict.xy, verdict.sigma, frames, chains.queries(frames), self.camera)
         visible = steady(verdict.trust) > THRESHOLD
         return path, Judgement(verdict.visibility, verdict.sigma, visible)
@@ -205,7 +218,11 @@ class Reader:
             field = self.follow(points, np.arange(self.num_frames))
             between = points[:, 0] != frames
             xy[between] = field.xy[between, frames[between]]
-        return frames, integrate(self.links, frames, xy, self.landmarks), field
+
+        def carry(rows: slice) -> Chains:
+            return integrate(self.links, frames[rows], xy[rows], self.landmarks)
+
+        return frames, Chains.joined(spread(carry, len(xy), len(xy), THREAD_BYTES)), field
 
     def _cues(self, chains: Chains, frames: np.ndarray) -> tuple[Path, np.ndarray]:
         """Paths of chains alone, and the cues to judge them by."""
@@ -213,20 +230,24 @@ class Reader:
         alike = similarity(self.frames, path.at(np.arange(self.num_frames)), frames)
         return path, cues(chains, frames, min(self.size), alike)
 
+    def _settled(self, frames: np.ndarray, chains: Chains, field: Witness) -> np.ndarray:
+        """Positions `(N, T, 2)` that chains and field are settled to."""
+        return settle(chains, frames, self.camera, field).at(np.arange(self.num_frames))
+
     def _hear(
-        self, frames: np.ndarray, chains: Chains, field: Witness
+        self, frames: np.ndarray, chains: Chains, field: Witness, path: np.ndarray, rows: slice
     ) -> Iterator[tuple[Witnesses, torch.Tensor]]:
-        """Witnesses and features, in parts of bounded memory."""
-        path = settle(chains, frames, self.camera, field).at(np.arange(self.num_frames))
-        each = WITNESSES * self.num_frames
-        for rows in _parts(len(frames), HEARD // each):
-            own, place, asked = chains.of(rows), path[rows], frames[rows]
-            seen = Witness(field.xy[rows], field.visibility[rows])
-            said = call(self._store, self.camera, self.landmarks, own, place, seen, asked)
-            for some in _parts(len(asked), WEIGHED // each):
-                part, shown = said.of(some), seen.visibility[some]
-                values = features(part, shown, self.links, self.frames, asked[some], self.device)
-                yield part, values
+        """Witnesses and features of some of the points, part by part."""
+        frames, chains, path = frames[rows], chains.of(rows), path[rows]
+        field = Witness(field.xy[rows], field.visibility[rows])
+        said = call(self._store, self.camera, self.landmarks, chains, path, field, frames)
+        for some in _parts(len(frames), self._at_once(WEIGHED)):
+            part, seen = said.of(some), field.visibility[some]
+            yield part, features(part, seen, self.links, self.frames, frames[some], self.device)
+
+    def _at_once(self, positions: int) -> int:
+        """Points whose witnesses name as many positions."""
+        return positions // (WITNESSES * self.num_frames)
 
     @property
     def _scale(self) -> float:

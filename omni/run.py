@@ -122,8 +122,7 @@ def fit(run: Path | str, config: Config | str | None = None) -> None:
     settings = load_config(choose_config(run, config))
     store = Store.open(run)
     device = _device(settings.device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    _use_threads(settings.threads)
     checkpoint = run / "checkpoint.pt"
     matches = _matches(run)
     if matches is not None and not settings.sampling.tracks:
@@ -232,6 +231,7 @@ def _write_chains(run: Path, store: Store, config: Config, queries: Path | str |
     else:
         points = load_queries(queries)
     path = run / "chains.npz"
+    _use_threads(config.threads)
     with timed(run, "chains") as record:
         tracks = Reader(store, None, output.chunk, _matches(run)).tracks(points)
         tracks.save(path)
@@ -303,6 +303,7 @@ class Run:
         self.store = Store.open(folder)
         path, frames = folder / "checkpoint.pt", self.store.num_frames
         field, self.config, self.steps = load_field(path, frames, _device(device))
+        _use_threads(self.config.threads)
         self.reader = Reader(self.store, field, self.config.output.chunk, _matches(folder))
 
     @property
@@ -364,6 +365,11 @@ def _device(name: str) -> torch.device:
             "no CUDA device is available: use --set device=cpu, or a CUDA build of torch"
         )
     return device
+
+
+def _use_threads(count: int) -> None:
+    if count:
+        torch.set_num_threads(count)
 
 
 def _without_video(video: Path, run: Path, settings: Config) -> Store | None:

@@ -16,8 +16,12 @@ __all__ = ["Curves", "fit_curves"]
 SPACING = 1.0
 """Frames per control point. Measured: 1.5 loses fast turns, 3 camera shake."""
 
-ROUGHNESS = 0.03
+ROUGHNESS = 0.2
 """Weight of the squared second difference of control points."""
+
+TURN = 0.3
+"""Pixels beyond which a second difference counts linearly: real turns are sharp and seldom, jitter
+is small and everywhere."""
 
 HUBER = 1.5
 """Residuals beyond this many standard deviations count linearly."""
@@ -47,31 +51,31 @@ class Curves:
 
 
 def fit_curves(xy: np.ndarray, weight: np.ndarray) -> Curves:
-    """Weighted robust least squares: `min sum_t w_t rho(|B_t c - x_t|) + roughness |D2 c|^2`.
+    """Robust in data and roughness: `min sum_t w_t rho(|B_t c - x_t|) + r sum_i rho(|D2_i c|)`.
 
-    Iteratively reweighted with Huber's rho in units of `1 / sqrt(weight)`.
+    Huber's rho, in units of `1 / sqrt(weight)` and of `TURN`, by iteratively reweighted least
+    squares.
 
     Args:
         xy: (N, T, 2) measured positions.
         weight: (N, T) inverse variances, positive.
 
-    Source: P-splines, Eilers and Marx 1996; Huber 1964.
+    Source: P-splines, Eilers and Marx 1996; Huber 1964; linear far out, the penalty of l1 trend
+    filtering, Kim et al. 2009.
     """
     count = num_control_points(xy.shape[1], SPACING)
     basis = _basis(np.arange(xy.shape[1]), SPACING, count)
     second = np.diff(np.eye(count), 2, axis=0)
-    penalty = ROUGHNESS * _bands((second.T @ second)[None])
-    products = np.stack(
-        [np.einsum("tc,tc->tc", basis, _shifted(basis, d)) for d in range(4)], axis=-1
-    )
-    robust = np.ones_like(weight)
+    data, penalty = _products(basis), ROUGHNESS * _products(second)
+    robust, straight = np.ones_like(weight), np.ones((len(xy), len(second)))
     for _ in range(ROUNDS):
         w = (weight * robust).astype(np.float64)
-        bands = np.einsum("nt,tcd->ncd", w, products) + penalty
+        bands = _banded(w, data) + _banded(straight, penalty)
         control = _solve(bands, np.einsum("tc,nt,ntd->ncd", basis, w, xy, optimize=True))
         residual = np.linalg.norm(np.einsum("tc,ncd->ntd", basis, control) - xy, axis=-1)
-        scaled = residual * np.sqrt(weight)
-        robust = np.minimum(1, HUBER / np.maximum(scaled, 1e-9))
+        robust = np.minimum(1, HUBER / np.maximum(residual * np.sqrt(weight), 1e-9))
+        turn = np.linalg.norm(np.diff(control, 2, axis=1), axis=-1)
+        straight = np.minimum(1, TURN / np.maximum(turn, 1e-9))
     return Curves(control)
 
 
@@ -84,19 +88,17 @@ def _basis(times: np.ndarray, spacing: float, count: int) -> np.ndarray:
     return basis
 
 
-def _shifted(basis: np.ndarray, by: int) -> np.ndarray:
-    moved = np.zeros_like(basis)
-    moved[:, : basis.shape[1] - by] = basis[:, by:]
-    return moved
-
-
-def _bands(matrix: np.ndarray) -> np.ndarray:
-    """Main and three upper diagonals `(..., C, 4)` of symmetric matrices `(..., C, C)`."""
-    size = matrix.shape[-1]
-    bands = np.zeros((*matrix.shape[:-1], 4))
+def _products(rows: np.ndarray) -> np.ndarray:
+    """`(M, C, 4)`: main and three upper diagonals of `r r^T` of each row r of `(M, C)`."""
+    bands = np.zeros((*rows.shape, 4))
     for d in range(4):
-        bands[..., : size - d, d] = np.diagonal(matrix, d, -2, -1)
+        bands[:, : rows.shape[1] - d, d] = rows[:, : rows.shape[1] - d] * rows[:, d:]
     return bands
+
+
+def _banded(weight: np.ndarray, products: np.ndarray) -> np.ndarray:
+    """Bands `(N, C, 4)` of the sums of products weighted by `(N, M)`."""
+    return np.tensordot(weight, products, axes=1)
 
 
 def _solve(bands: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ neighbours differed by at most 0.13; frames of different clips by at least 0.46.
 import cv2
 import numpy as np
 
-from preprocess.parallel import single_threaded_opencv
+from omni.threads import single_threaded_opencv
 from preprocess.warp import sample
 
 __all__ = ["find_cuts"]

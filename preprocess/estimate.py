@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from omni.errors import OmniError
+from omni.threads import single_threaded_opencv
 from preprocess.flow import FlowProvider
-from preprocess.parallel import single_threaded_opencv, worker_count
+from preprocess.parallel import worker_count
 
 __all__ = ["Estimate", "estimate_cost", "file_bytes", "fitting_workers", "require_space"]
 

@@ -2,16 +2,15 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
-import cv2
 from tqdm import tqdm
 
 from omni.store import Stage
+from omni.threads import single_threaded_opencv
 
-__all__ = ["progress_bar", "run_items", "single_threaded_opencv", "worker_count"]
+__all__ = ["progress_bar", "run_items", "worker_count"]
 
 _FLUSH_SECONDS = 10.0
 
@@ -58,14 +57,3 @@ def run_items(
                         flushed = time.monotonic()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def single_threaded_opencv() -> Iterator[None]:
-    """OpenCV on one thread: DIS splits its work by threads, which changes its result."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)

@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     "errors config coords schedules splines textures surfaces scenes",  # nothing but numbers
-    "memory signals files lock decoding images video store tracks links camera appearance"
+    "memory threads signals files lock decoding images video store tracks links camera appearance"
     " landmarks integration smoothing",  # files
     "networks bijection canonical rendering",  # tensors
     "model",
@@ -24,7 +24,7 @@ LEVELS = [
 ]
 ORDER = " ".join(LEVELS).split()
 TENSORS = LEVELS[2].split()
-CONTRACT = {"config", "coords", "errors", "memory", "store", "video"}
+CONTRACT = {"config", "coords", "errors", "memory", "store", "threads", "video"}
 """All that `preprocess` may know of `omni`: the store is the only road between the two."""
 
 

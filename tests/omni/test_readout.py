@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from omni.errors import OmniError
 from omni.readout import Reader
@@ -116,6 +117,19 @@ def test_how_many_witnesses_are_heard_at_once_does_not_change_results(
     parts = reader.tracks(queries)
     np.testing.assert_allclose(parts.tracks, whole.tracks, atol=1e-3)
     np.testing.assert_allclose(parts.visibility, whole.visibility, atol=1e-4)
+
+
+def test_threads_do_not_change_results(reader, scene, monkeypatch):
+    queries = np.concatenate([queries_in(scene, frame, True)[:6] for frame in (0, 3)])
+    monkeypatch.setattr("omni.threads.SMALLEST_PART", 1)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 5):
+        torch.set_num_threads(count)
+        results.append(reader.tracks(queries))
+    torch.set_num_threads(threads)
+    one, five = results
+    np.testing.assert_allclose(five.tracks, one.tracks, atol=1e-3)
+    np.testing.assert_allclose(five.visibility, one.visibility, atol=1e-4)
 
 
 def test_the_order_of_queries_is_kept(reader, scene):

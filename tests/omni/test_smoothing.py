@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from omni.smoothing import HUBER, ROUGHNESS, SPACING, _bands, _basis, _solve, fit_curves
+from omni.smoothing import HUBER, ROUGHNESS, SPACING, TURN, _basis, _solve, fit_curves
 
 FRAMES = 24
 TIMES = np.arange(FRAMES)
@@ -18,6 +18,14 @@ def any_weights(shape):
     return 10 ** np.random.default_rng(1).uniform(-2, 2, shape)
 
 
+def bands_of(matrices):
+    """Main and three upper diagonals `(N, C, 4)` of symmetric matrices `(N, C, C)`."""
+    bands = np.zeros((*matrices.shape[:2], 4))
+    for d in range(4):
+        bands[:, : matrices.shape[1] - d, d] = np.diagonal(matrices, d, 1, 2)
+    return bands
+
+
 @pytest.mark.parametrize("size", [4, 5, 19])
 def test_the_banded_solver_agrees_with_a_dense_one(size):
     rng = np.random.default_rng(size)
@@ -25,16 +33,16 @@ def test_the_banded_solver_agrees_with_a_dense_one(size):
     dense = rows @ rows.transpose(0, 2, 1) + 0.1 * np.eye(size)
     assert np.allclose(dense, np.tril(np.triu(dense, -3), 3)), "three bands on either side"
     right = rng.normal(size=(6, size, 2))
-    bands, untouched = _bands(dense), right.copy()
+    bands, untouched = bands_of(dense), right.copy()
     np.testing.assert_allclose(_solve(bands, right), np.linalg.solve(dense, right), rtol=1e-6)
-    assert np.array_equal(right, untouched) and np.array_equal(bands, _bands(dense))
+    assert np.array_equal(right, untouched) and np.array_equal(bands, bands_of(dense))
 
 
 def test_the_curve_solves_the_dense_normal_equations_where_nothing_is_an_outlier():
     rng = np.random.default_rng(2)
     xy = line()[0]
     weight = any_weights(xy.shape[:2])
-    noise = rng.uniform(-1, 1, xy.shape) * 0.05 * HUBER / np.sqrt(weight[..., None])
+    noise = rng.uniform(-1, 1, xy.shape) * np.minimum(0.02 * HUBER, 0.05 * TURN)
     curves = fit_curves(xy + noise, weight)
     count = curves.control.shape[1]
     basis, second = _basis(TIMES, SPACING, count), np.diff(np.eye(count), 2, axis=0)
@@ -65,8 +73,16 @@ def test_smoothing_removes_jitter():
     angle = TIMES[:, None] / 6
     truth = np.concatenate([40 * np.cos(angle), 25 * np.sin(angle)], 1)[None].repeat(50, 0)
     noisy = truth + rng.normal(0, 0.5, truth.shape)
-    smooth = fit_curves(noisy, np.full(truth.shape[:2], 4.0)).at(TIMES)
+    smooth = fit_curves(noisy, np.full(truth.shape[:2], 2.0)).at(TIMES)
     assert np.square(smooth - truth).mean() < 0.8 * np.square(noisy - truth).mean()
+
+
+def test_a_sharp_turn_is_kept():
+    """With a squared penalty of the same weight the curve would cut the corner by 4.4 px."""
+    away = np.abs(TIMES - FRAMES // 2)[:, None]
+    xy = (away * np.array([[6.0, -4.0]]))[None]
+    off = np.linalg.norm(fit_curves(xy, np.ones((1, FRAMES))).at(TIMES) - xy, axis=-1)
+    assert off.max() < 1
 
 
 def test_ten_percent_gross_outliers_hardly_move_the_curve():

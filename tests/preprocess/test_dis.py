@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pictures import texture
 
+from omni.threads import single_threaded_opencv
 from preprocess.dis import DisFlow
-from preprocess.parallel import single_threaded_opencv
 
 CLIP = Path(__file__).parents[2].parent / "shared/data/synthetic/dev/stack.npz"
 

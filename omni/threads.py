@@ -1,0 +1,58 @@
+"""Independent parts of a computation on threads that use one core each.
+
+numpy and OpenCV do most of a read-out on one core and let go of the interpreter meanwhile, so parts
+run side by side; what would take all cores for itself takes one.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import cv2
+import torch
+
+from omni.memory import available_memory
+
+__all__ = ["single_threaded_opencv", "spread"]
+
+SMALLEST_PART = 64
+"""Items below which a thread of their own saves nothing."""
+
+
+def spread(work: Callable[[slice], Any], count: int, most: int, memory: int) -> list[Any]:
+    """What `work` returns for slices that cover `count` items, in their order.
+
+    As many threads as torch may use work on slices of like length.
+
+    Args:
+        work: gives the same for an item whatever else is in its slice.
+        count: may be 0, which is one empty slice.
+        most: items in a slice.
+        memory: bytes that one slice takes; fewer threads where they are not there.
+    """
+    allowed = torch.get_num_threads()
+    fitting = max(1, available_memory() // memory)
+    threads = min(allowed, fitting, max(1, count // SMALLEST_PART))
+    rounds = -(-count // (threads * max(1, most))) or 1
+    bounds = [count * k // (threads * rounds) for k in range(threads * rounds + 1)]
+    slices = map(slice, bounds[:-1], bounds[1:])
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        with single_threaded_opencv():
+            return list(pool.map(work, slices))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(allowed)
+
+
+@contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """OpenCV on one thread: DIS splits its work by threads, which changes its result."""
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
