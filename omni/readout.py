@@ -41,12 +41,13 @@ log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 16
 
-HEARD, WEIGHED = 2**22, 2**19
-"""Positions of witnesses that a thread holds at once, 30 bytes each, and weighs at once, 200 bytes
-each."""
+HEARD, WEIGHED = 2**20, 2**19
+"""Positions of witnesses that a thread holds at once, 60 bytes each with the chains they come from,
+and weighs at once, 500 bytes each: some seconds of work, which is how long an interruption waits.
+"""
 
-THREAD_BYTES = 2**29
-"""Memory that a thread needs at most."""
+THREAD_BYTES = 60 * HEARD + 500 * WEIGHED
+"""Memory that a thread needs."""
 
 HALF_STEP = 0.05
 """Frames on either side over which velocities are differences."""
