@@ -13,8 +13,9 @@ _SAYS = (
     "CUDA error: out of memory",
     "ALLOC_FAILED",
     "Insufficient memory",
+    "can't start new thread",
 )
-"""What torch on a CPU, CUDA, cuBLAS or cuDNN, and OpenCV say when memory runs out."""
+"""What torch on a CPU, CUDA, cuBLAS or cuDNN, OpenCV and Python say when memory runs out."""
 
 
 def available_memory() -> int:

@@ -39,9 +39,11 @@ def spread(work: Callable[[slice], Any], count: int, most: int, memory: int) -> 
     slices = map(slice, bounds[:-1], bounds[1:])
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads)
+    # One thread is this one: another's stack is memory that may not be there.
+    each = pool.map if threads > 1 else map
     try:
         with single_threaded_opencv():
-            return list(pool.map(work, slices))
+            return list(each(work, slices))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(allowed)

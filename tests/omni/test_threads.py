@@ -33,6 +33,10 @@ def test_parts_run_side_by_side_and_use_one_core_each():
     assert seen == {(1, 1)}
 
 
+def test_few_items_are_done_by_the_caller_itself():
+    assert spread(lambda rows: threading.get_ident(), 10, 5, 1) == [threading.get_ident()] * 2
+
+
 def test_threads_are_given_back_when_a_part_fails():
     threads = cv2.getNumThreads()
     with pytest.raises(MemoryError):
