@@ -17,7 +17,7 @@ SPACING = 1.0
 """Frames per control point. Measured: 1.5 loses fast turns, 3 camera shake."""
 
 ROUGHNESS = 0.2
-"""Weight of the squared second difference of control points."""
+"""Weight of the second differences of control points, squared where they are small."""
 
 TURN = 0.3
 """Pixels beyond which a second difference counts linearly: real turns are sharp and seldom, jitter
