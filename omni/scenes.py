@@ -402,6 +402,39 @@ def _walk(size: tuple[int, int], rng: np.random.Generator) -> Scene:
     return Scene(camera, room, tuple(objects), 1.0, shutter)
 
 
+def _desk(size: tuple[int, int], rng: np.random.Generator) -> Scene:
+    top, near, far = rng.uniform(0.4, 0.9), rng.uniform(1.5, 2.2), rng.uniform(4, 6)
+    half = (rng.uniform(1.2, 2.2), 0.05, 0.5 * (far - near))
+    desk = Box(_any_cover(rng), Path((0, top + 0.05, 0.5 * (near + far))), UPRIGHT, half=half)
+    objects = [desk]
+    for _ in range(rng.integers(8, 18)):
+        cover, radius = _any_cover(rng), float(np.exp(rng.uniform(np.log(0.1), np.log(0.6))))
+        radii = radius * rng.uniform(0.3, 1, 3)
+        x, z = rng.uniform(-0.9, 0.9) * half[0], rng.uniform(near + radii[2], far - radii[2])
+        place, turn = Path((x, top - radii[1], z)), Path((0, rng.uniform(0, 3), 0))
+        if rng.random() < 0.6:
+            objects.append(Box(cover, place, turn, 1.5, half=tuple(radii)))
+        else:
+            objects.append(Ellipsoid(cover, place, turn, 1, radii=Path(tuple(radii))))
+    for _ in range(rng.integers(1, 5)):
+        place = Path((rng.uniform(-3, 3), rng.uniform(-2, 0), WALL - 0.2))
+        objects.append(Box(_any_cover(rng), place, UPRIGHT, half=(*rng.uniform(0.2, 0.9, 2), 0.2)))
+    hand, aim = rng.uniform(0.1, 0.45), rng.uniform(0.05, 0.25)
+    walk, look = rng.uniform(50, 160), rng.uniform(40, 140)
+    tremble = _sway(tuple(rng.uniform(0.001, 0.006) * rng.normal(size=3)), rng.uniform(4, 12), rng)
+    camera = Camera(
+        size,
+        Path((0, -0.3, 0), waves=(_sway(tuple(hand * rng.normal(size=3)), walk, rng),)),
+        Path((-0.25, 0, 0), waves=(_sway(tuple(aim * rng.normal(size=3)), look, rng), tremble)),
+        focal=rng.uniform(0.8, 1.1),
+    )
+    shutter = rng.uniform(0.1, 0.5) * (rng.random() < 0.5)
+    drift = _sway(tuple(0.04 * rng.normal(size=3)), rng.uniform(30, 120), rng)
+    gain = Path((1.0, 1.0, 1.0), waves=(drift,))
+    room = _room(_any_cover(rng), _any_cover(rng))
+    return Scene(camera, room, tuple(objects), 1.0, shutter, gain)
+
+
 SCENES: dict[str, Callable[[tuple[int, int], np.random.Generator], Scene]] = {
     "demo": _demo,
     "cloth": _cloth,
@@ -411,7 +444,9 @@ SCENES: dict[str, Callable[[tuple[int, int], np.random.Generator], Scene]] = {
     "blank": _blank,
     "mixed": _mixed,
     "walk": _walk,
+    "desk": _desk,
 }
 """demo: all at once; cloth: non-rigid; bars: thin occluders; shake: fast, blurred, flickering;
 blocks: rotating boxes; blank: low texture; mixed: everything at random, another scene each seed;
-walk: animals on four legs, another scene each seed."""
+walk: animals on four legs, another scene each seed; desk: a still desk full of things past which a
+camera is carried by hand, another scene each seed."""

@@ -31,7 +31,7 @@ from omni.synthetic import SCENES, SyntheticClip, make_clip
 from preprocess import sigma as flow_sigma
 from preprocess.training.sensor import expose
 
-RANDOM = ["mixed", "walk"]
+RANDOM = ["mixed", "walk", "desk"]
 """scenes that are others for each seed, for `scripts/train_consensus.py`"""
 NAMED = [scene for scene in SCENES if scene not in RANDOM]
 SIZE = (256, 256)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from calibrate import LARGEST_ERROR, NAMED, QUANTILES, RANDOM, WITHIN, photographs, prepare
+from calibrate import LARGEST_ERROR, NAMED, QUANTILES, WITHIN, photographs, prepare
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +26,10 @@ from omni.config import Config, load_config
 from omni.consensus import Consensus
 from omni.files import write_atomic
 from omni.metrics import DISTANCES
+from omni.witnesses import PATH
 
+SHORT, LONG = 36, 80
+"""frames of a clip: far from its query a point is another one than near it"""
 WIDTH = 48
 POINTS = 16
 """points of a step, all frames of each, each of a clip drawn for it"""
@@ -52,9 +55,10 @@ class Clip:
     visible: Tensor
     asked: Tensor
 
-    def of(self, points: Tensor) -> "Clip":
-        """Some of the points."""
-        return Clip(**{name: value[points] for name, value in vars(self).items()})
+    def moments(self, point: int) -> "Clip":
+        """One of the points: every frame of it as a point of a clip of one frame."""
+        frames = {name: value[point, :, None] for name, value in vars(self).items()}
+        return Clip(**frames | {"valid": self.valid[point].expand(len(frames["visible"]), -1)})
 
 
 def main() -> None:
@@ -64,19 +68,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="of each scene")
     parser.add_argument("--mixed", type=int, nargs="+", default=list(range(17, 31)), help="seeds")
     parser.add_argument("--filmed", type=int, nargs="+", default=list(range(31, 55)), help="seeds")
-    parser.add_argument("--frames", type=int, default=36)
-    parser.add_argument("--steps", type=int, default=15000)
+    parser.add_argument("--long", type=int, nargs="+", default=list(range(61, 69)), help="seeds")
+    parser.add_argument("--steps", type=int, default=18000)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("-o", "--out", type=Path, help="default: the shipped file")
     options = parser.parse_args()
     config = load_config("cpu", options.set)
-    names = [(scene, seed, False) for seed in options.seeds for scene in NAMED]
-    names += [("mixed", seed, False) for seed in options.mixed]
-    names += [(scene, seed, True) for seed in options.filmed for scene in RANDOM]
+    names = []
+    for scenes, seeds, *how in (
+        (NAMED, options.seeds, SHORT, False),
+        (["mixed"], options.mixed, SHORT, False),
+        (["mixed", "walk"], options.filmed, SHORT, True),
+        (["walk", "desk"], options.long, LONG, True),
+    ):
+        names += [(scene, seed, *how) for seed in seeds for scene in scenes]
     clips = []
-    for scene, seed, filmed in tqdm(names, desc="clips"):
+    for scene, seed, frames, filmed in tqdm(names, desc="clips"):
         folder = options.work / f"{scene}-{seed}{'-filmed' * filmed}"
-        prepare(folder, scene, seed, options.frames, config, filmed)
+        prepare(folder, scene, seed, frames, config, filmed)
         clips.append(hear(folder, seed, config, filmed))
     network = train(clips, options.steps)
     out = options.out or Path(runs.__file__).with_name("consensus.safetensors")
@@ -100,7 +109,9 @@ def hear(folder: Path, seed: int, config: Config, filmed: bool) -> Clip:
             part, rows = rows[: len(values)], rows[len(values) :]
             frames = torch.from_numpy(np.rint(queries[part, 0]).astype(np.int64))
             asked = torch.arange(values.shape[1]) == frames[:, None]
-            off = torch.from_numpy((said.xy - truth[part]).transpose(1, 2, 0, 3)).float()
+            # Behind the camera a point has no place; it is hidden, so any origin will do.
+            place = np.where(np.isfinite(truth[part]), truth[part], said.xy[PATH])
+            off = torch.from_numpy((said.xy - place).transpose(1, 2, 0, 3)).float()
             valid, seen = torch.from_numpy(said.valid.T), torch.from_numpy(visible[part])
             heard.append(Clip(values.half(), valid, off, seen, asked))
     return together(heard)
@@ -125,11 +136,11 @@ def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
     bar = tqdm(range(steps), desc="steps")
     for step in bar:
         chosen = [clips[i] for i in random.choice(len(clips), POINTS)]
-        points = (torch.from_numpy(random.integers(0, len(c.visible), 1)) for c in chosen)
-        batch = together([clip.of(point) for clip, point in zip(chosen, points, strict=True)])
-        shown = torch.rand(len(batch.values), 1, 1, len(network.mean)) >= HIDDEN
-        batch.values = torch.where(shown, batch.values.float(), network.mean)
-        losses = losses_of(network, batch)
+        points = [clip.moments(random.integers(len(clip.visible))) for clip in chosen]
+        for point in points:
+            shown = torch.rand(len(network.mean)) >= HIDDEN
+            point.values = torch.where(shown, point.values.float(), network.mean)
+        losses = losses_of(network, together(points))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

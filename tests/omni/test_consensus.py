@@ -128,19 +128,19 @@ def test_training_finds_the_witness_who_is_right_and_how_right_he_is(script):
     """One feature says how far a witness is off; half of the points are hidden, as another says."""
     generator = torch.Generator().manual_seed(0)
 
-    def clip():
-        off = 40 * torch.rand(64, TIMES, 10, generator=generator) ** 3
-        hidden = torch.rand(64, TIMES, generator=generator) < 0.5
-        values = torch.randn(64, TIMES, 10, FEATURES, generator=generator)
+    def clip(times=TIMES):
+        off = 40 * torch.rand(64, times, 10, generator=generator) ** 3
+        hidden = torch.rand(64, times, generator=generator) < 0.5
+        values = torch.randn(64, times, 10, FEATURES, generator=generator)
         values[..., 3] = off.add(0.1).log()
         values[..., 5] = hidden[..., None].float()
         angle = 6.3 * torch.rand(off.shape, generator=generator)
         where = off[..., None] * torch.stack([angle.cos(), angle.sin()], -1)
-        asked = torch.zeros(64, TIMES, dtype=torch.bool)
+        asked = torch.zeros(64, times, dtype=torch.bool)
         asked[:, 0] = True
         return script["Clip"](values.half(), torch.ones(64, 10).bool(), where, ~hidden, asked)
 
-    network = script["train"]([clip(), clip()], steps=300)
+    network = script["train"]([clip(), clip(2 * TIMES)], steps=300)
     test = clip()
     valid = torch.ones(64 * TIMES, 10).bool()
     score, judged = network(test.values.float().flatten(0, 1), valid, test.off.flatten(0, 1))

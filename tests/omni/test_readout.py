@@ -123,10 +123,12 @@ def test_threads_do_not_change_results(reader, scene, monkeypatch):
     queries = np.concatenate([queries_in(scene, frame, True)[:6] for frame in (0, 3)])
     monkeypatch.setattr("omni.threads.SMALLEST_PART", 1)
     threads, results = torch.get_num_threads(), []
-    for count in (1, 5):
-        torch.set_num_threads(count)
-        results.append(reader.tracks(queries))
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            results.append(reader.tracks(queries))
+    finally:
+        torch.set_num_threads(threads)
     one, five = results
     np.testing.assert_allclose(five.tracks, one.tracks, atol=1e-3)
     np.testing.assert_allclose(five.visibility, one.visibility, atol=1e-4)
