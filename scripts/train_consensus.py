@@ -29,7 +29,7 @@ from omni.metrics import DISTANCES
 from omni.witnesses import PATH
 
 SHORT, LONG = 36, 80
-"""frames of a clip: far from its query a point is another one than near it"""
+"""frames of a clip: what is right near a query need not be far from it"""
 WIDTH = 48
 POINTS = 16
 """points of a step, all frames of each, each of a clip drawn for it"""
