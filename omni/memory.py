@@ -1,7 +1,6 @@
 """How much memory there is, asked before it is taken, and what it looks like when it runs out."""
 
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +19,11 @@ _SAYS = (
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken: what the machine has free, or less in a container or under a
-    limit on the address space (`ulimit -v`).
+    """Bytes that can still be taken: what the machine has free, or less in a container.
 
     What the system only caches of files counts as free, since it gives that back.
     """
-    return min([_free_of_machine(), *_free_of_groups(), *_free_of_addresses()])
+    return min([_free_of_machine(), *_free_of_groups()])
 
 
 def _free_of_machine() -> int:
@@ -56,14 +54,6 @@ def _free_of_groups() -> Iterator[int]:
                 cached = (f"{prefix}inactive_file", f"{prefix}active_file")
                 freed = sum(int(row[1]) for row in rows if row[0] in cached)
                 yield max(0, int(most) - max(0, int(taken) - freed))
-
-
-def _free_of_addresses() -> Iterator[int]:
-    """What a limit on the address space of this process leaves."""
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = _text("/proc/self/statm").split()
-    if most != resource.RLIM_INFINITY and pages:
-        yield max(0, most - int(pages[0]) * resource.getpagesize())
 
 
 def require_memory(needed: int, what: str, advice: str) -> None:
