@@ -127,8 +127,8 @@ def together(parts: list[Clip]) -> Clip:
 def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
     """Fit a network to all clips, which count alike.
 
-    The rate is held, and the result is the mean of the networks of the second half, which no single
-    one of them equals ("Averaging Weights Leads to Wider Optima and Better Generalization",
+    The rate is held, and the result is the mean of the weights of the second half: it generalises
+    better than one of them ("Averaging Weights Leads to Wider Optima and Better Generalization",
     Izmailov et al., UAI 2018).
     """
     torch.manual_seed(seed)
@@ -139,7 +139,7 @@ def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
     network.spread.copy_(some.std(0) + 1e-3)
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=steps // 50)
-    mean = AveragedModel(network)
+    averaged = AveragedModel(network)
     bar = tqdm(range(steps), desc="steps")
     for step in bar:
         chosen = [clips[i] for i in random.choice(len(clips), POINTS)]
@@ -154,10 +154,10 @@ def train(clips: list[Clip], steps: int, seed: int = 0) -> Consensus:
         optimizer.step()
         schedule.step()
         if step >= steps // 2:
-            mean.update_parameters(network)
+            averaged.update_parameters(network)
         if step % 100 == 0:
             bar.set_postfix({name: f"{value.item():.3f}" for name, value in losses.items()})
-    return mean.module.eval()
+    return averaged.module.eval()
 
 
 def losses_of(network: Consensus, clip: Clip) -> dict[str, Tensor]:
