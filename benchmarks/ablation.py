@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from quality import COLUMNS, Clip, find_clips, fork, prepared, table
+from quality import COLUMNS, Clip, find_clips, fitted, prepared, table
 from record import machine
 from torch import Tensor
 
 import omni.model
 from omni import run as runs
 from omni.bijection import RealNVP
-from omni.config import Config, digest, load_config, to_dict
+from omni.config import Config, load_config
 from omni.coords import rescale
 from omni.errors import OmniError
 from omni.files import write_atomic
@@ -35,7 +35,7 @@ from omni.tracks import Tracks
 
 SETTINGS = {
     "full": [],
-    "no photometric": ["loss.photometric.weight=0"],
+    "no photometric": ["loss.photometric.weight=0", "loss.constancy.weight=0"],
     "no mining": ["sampling.mining=0"],
     "no global motion": ["model.motion=none"],
     "no chains": ["sampling.tracks=0"],
@@ -99,7 +99,7 @@ def measure(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, 
     if variant in HALF_RATE:
         return half_rate(clip, variant, cache, config)
     config = load_config(config, SETTINGS.get(variant, []))
-    reader = fitted(clip, variant, cache, config)
+    reader = fit(clip, variant, cache, config)
     points = queries(clip.truth, "given").query_points.astype(np.float32)
     if variant == "chains alone":
         store = Store.open(prepared(clip, cache, config))
@@ -111,14 +111,11 @@ def measure(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, 
     return {**evaluate(tracks, clip.truth, "given"), "seconds": None}
 
 
-def fitted(clip: Clip, variant: str, cache: Path, config: Config) -> Reader:
+def fit(clip: Clip, variant: str, cache: Path, config: Config) -> Reader:
     """The reader of a fit, made once; read-out variants share the full one."""
-    kind = "full" if variant in (*READ_OUT, *HALF_RATE) else variant
-    base = prepared(clip, cache, config)
-    name = f"{clip.name}-ablation-{digest(base.name, kind, to_dict(config))}"
-    folder = fork(base, cache / name)
-    with free_form() if kind == "free-form" else contextlib.nullcontext():
-        runs.fit(folder, config)
+    free = variant == "free-form"
+    with free_form() if free else contextlib.nullcontext():
+        folder = fitted(clip, cache, config, variant if free else "")
         return runs.load(folder, config.device).reader
 
 
@@ -149,7 +146,7 @@ def field_alone(reader: Reader, points: np.ndarray) -> Tracks:
 def half_rate(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, object]:
     """delta_avg of a fit to every second frame, at those frames or between them."""
     data = dataclasses.replace(config.data, stride=2)
-    reader = fitted(clip, variant, cache, dataclasses.replace(config, data=data))
+    reader = fit(clip, variant, cache, dataclasses.replace(config, data=data))
     truth = clip.truth
     points = queries(truth, "given").query_points.astype(np.float32)
     rows = points[:, 0] % 2 == 0

@@ -120,12 +120,12 @@ def measure(
 ) -> dict[str, object]:
     """Scores of one method on one clip, and its seconds from video to tracks."""
     config = dataclasses.replace(config, seed=seed)
-    folder = prepared(clip, cache, config)
     points = queries(clip.truth, mode).query_points
     if method == "ours":
-        folder = fork(folder, cache / f"{clip.name}-{digest(folder.name, to_dict(config))}")
-        runs.fit(folder, config)
+        folder = fitted(clip, cache, config)
         opened = runs.load(folder, config.device)
+    else:
+        folder = prepared(clip, cache, config)
     start = time.monotonic()
     tracks = opened.tracks(points) if method == "ours" else _baseline(folder, points, method)
     seconds = time.monotonic() - start + _reported_seconds(folder, method)
@@ -143,6 +143,15 @@ def prepared(clip: Clip, cache: Path, config: Config) -> Path:
     folder = cache / f"{clip.name}-{digest(*parts)}"
     if not Store(folder).has("evidence"):
         runs.preprocess_video(clip.frames, folder, config)
+    return folder
+
+
+def fitted(clip: Clip, cache: Path, config: Config, name: str = "") -> Path:
+    """Fit a clip once with these settings; returns the run folder. `name` marks another model."""
+    base = prepared(clip, cache, config)
+    key = digest(base.name, to_dict(config))
+    folder = fork(base, cache / "-".join(filter(None, (clip.name, name, key))))
+    runs.fit(folder, config)
     return folder
 
 

@@ -162,8 +162,10 @@ class LossConfig:
     """rendered against measured correspondence"""
     surface: Term = Term(1.0)
     """target depth against the surface map, and the map against rendered depth"""
-    photometric: Term = Term(0.5)
+    photometric: Term = Term(5.0)
     """rendered against observed colour"""
+    constancy: Term = Term(4.0, 0.2, 0.3)
+    """the picture around a visible point against that around where it is taken"""
     acceleration: Term = Term(0.05)
     """second difference of 3D trajectories"""
     distortion: Term = Term(0.01)

@@ -14,6 +14,7 @@ from omni.schedules import ramp
 __all__ = [
     "acceleration",
     "adjacent_difference",
+    "constancy",
     "depth_range",
     "flow_absolute",
     "flow_robust",
@@ -26,6 +27,10 @@ __all__ = [
 
 DEPTH_SCALE = 20.0
 """Depth residuals are counted in twentieths of a depth unit: 0.05 is one robust sigma."""
+
+
+COLOR_SCALE = 0.05
+"""Colour differences count in these: about 13 grey levels, over noise and below most edges."""
 
 
 def pseudo_huber(x: Tensor) -> Tensor:
@@ -54,6 +59,24 @@ def flow_absolute(residual: Tensor, weight: Tensor) -> Tensor:
 def photometric(color: Tensor, observed: Tensor) -> Tensor:
     """Mean squared difference of rendered and observed colours `(K, N, 3)` in [0, 1]."""
     return (color - observed).square().mean()
+
+
+def constancy(there: Tensor, here: Tensor, weight: Tensor) -> Tensor:
+    """Whether points look the same where they are taken: this is what places them within a pixel.
+
+    Mean of `r^2 / (1 + r^2)` over weighted points, r the patches' difference in units of
+    COLOR_SCALE: beyond a few of them, or where something else is in the way, nothing is pulled.
+
+    Args:
+        there: `(K, N, P, 3)` colours in [0, 1] around the predicted targets.
+        here: `(K, N, P, 3)` around the sources.
+        weight: `(K, N)`.
+
+    Source: brightness constancy, Horn and Schunck 1981; the robust function of Geman and McClure,
+    as Black and Anandan 1996 use it for flow.
+    """
+    square = ((there - here) / COLOR_SCALE).square().sum(-1).mean(-1)
+    return _mean(square / (1 + square), weight)
 
 
 def adjacent_difference(predicted: Tensor, observed: Tensor, weight: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ WORST = 20.0
 CANDIDATES = 3
 """Candidates drawn per kept point, so that most kept ones are reliable."""
 
+PATCH_RADIUS = 1
+"""Patches that are compared between frames have 3 x 3 samples, a pixel apart."""
+
 
 @dataclass
 class Batch:
@@ -182,6 +185,32 @@ class CorrespondenceSampler:
         keep = (visible + hidden).argsort(dim=1, descending=True, stable=True)[:, :points]
         x, y, visible, hidden = (values.gather(1, keep) for values in (x, y, visible, hidden))
         return self._batch(k, x, y, visible, hidden)
+
+    def patches(self, times: Tensor, xy: Tensor) -> Tensor:
+        """The pictures around points: bilinear colours `(K, N, 9, 3)` in [0, 1].
+
+        Differentiable in `xy`, but not beyond the frame, where its border is repeated.
+
+        Args:
+            times: `(K,)` frame indices.
+            xy: `(K, N, 2)` raster pixels, processing resolution.
+        """
+        ticks = torch.arange(-PATCH_RADIUS, PATCH_RADIUS + 1.0, device=xy.device)
+        offsets = torch.cartesian_prod(ticks, ticks)
+        last = torch.tensor([self.width - 1, self.height - 1], dtype=xy.dtype, device=xy.device)
+        position = (xy[:, :, None] + offsets - 0.5).clamp(min=torch.zeros_like(last), max=last)
+        # Where a mapping has diverged the position is nan, too; its index must not be.
+        corner = position.detach().nan_to_num().floor()
+        fx, fy = (position - corner).unsqueeze(-1).unbind(-2)
+        x, y = corner.long().unbind(-1)
+        right, below = (x + 1).clamp(max=self.width - 1), (y + 1).clamp(max=self.height - 1)
+        times = times[:, None, None]
+
+        def row(y: Tensor) -> Tensor:
+            ends = (self._gather(self.frames, times, y, column).float() for column in (x, right))
+            return torch.lerp(*ends, fx)
+
+        return torch.lerp(row(y), row(below), fy) / 255
 
     def report(self, batch: Batch, residual: Tensor) -> None:
         """Note the residuals `(K, N)` (in sigma) of a drawn batch for hard mining."""

@@ -245,6 +245,10 @@ class Trainer:
             terms["surface"] = terms["surface"] + losses.surface_order(
                 reached[..., 2], there, batch.visible, hidden, margin
             )
+        if config.constancy.weight:
+            here = self.sampler.patches(batch.source, batch.xy)
+            there = self.sampler.patches(batch.target, denormalize(reached[..., :2], size))
+            terms["constancy"] = losses.constancy(there, here, batch.visible)
         if config.acceleration.weight and self.store.num_frames > 2:
             terms["acceleration"] = self._acceleration(rays, source)
         if config.distortion.weight:

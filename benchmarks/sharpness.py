@@ -1,0 +1,120 @@
+"""What the photometric terms do to the field itself, before anything is fused.
+
+    python benchmarks/sharpness.py --data ../shared/data/synthetic/dev --config cpu --seeds 3
+
+For every set of terms: the median distance (pixels at 256 x 256) of the field's positions from the
+true ones of visible points, shares within 1 pixel and of delta_avg, and the PSNR (dB) of the
+pictures rendered from the canonical volume, every eighth frame. Fits are those of
+`quality.py`, and kept.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from ablation import field_alone
+from quality import Clip, find_clips, fitted
+from record import commit, machine
+
+from omni import run as runs
+from omni.config import Config, load_config
+from omni.coords import rescale
+from omni.errors import OmniError
+from omni.files import write_atomic
+from omni.metrics import evaluate, queries, scored_frames
+from omni.readout import Reader
+
+TERMS = {
+    "both": [],
+    "rendered colour alone": ["loss.constancy.weight=0"],
+    "none": ["loss.photometric.weight=0", "loss.constancy.weight=0"],
+}
+COLUMNS = {"median": 3, "within_1px": 1, "delta_avg": 1, "psnr": 1}
+"""Decimals of each column."""
+
+
+def main() -> None:
+    """Fit and score every set of terms on every clip; print the table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="clips or folders")
+    parser.add_argument("--terms", nargs="+", choices=TERMS, default=["both", "none"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="kept run folders")
+    parser.add_argument("--config", default="cpu", help="preset or YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, default=1, help="fits per clip and set of terms")
+    parser.add_argument("-o", "--out", type=Path, help="JSON to write")
+    options = parser.parse_args()
+    config = load_config(options.config, options.set)
+    rows = []
+    for clip in find_clips(options.data, options.runs):
+        for terms in options.terms:
+            for seed in range(options.seeds):
+                chosen = load_config(dataclasses.replace(config, seed=seed), TERMS[terms])
+                rows.append({"clip": clip.name, "terms": terms, "seed": seed})
+                rows[-1] |= measure(clip, options.runs, chosen)
+                print(rows[-1], file=sys.stderr)
+    print(table(rows))
+    if options.out:
+        record = {"commit": commit(), "command": sys.argv[1:], "machine": machine()}
+        record["results"] = rows
+        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+def measure(clip: Clip, cache: Path, config: Config) -> dict[str, float]:
+    """Sharpness of one fit of one clip."""
+    reader = runs.load(fitted(clip, cache, config), config.device).reader
+    truth = queries(clip.truth, "given")
+    points = truth.query_points.astype(np.float32)
+    tracks = field_alone(reader, points)
+    scores = evaluate(tracks, truth, "given")
+    distance = np.linalg.norm(
+        rescale(tracks.tracks, tracks.size, (256, 256))
+        - rescale(truth.tracks, truth.size, (256, 256)),
+        axis=-1,
+    )
+    scored = scored_frames(points, reader.num_frames, "given") & truth.visible & truth.annotated
+    return {
+        "median": float(np.median(distance[scored])),
+        "within_1px": scores["delta_1"],
+        "delta_avg": scores["delta_avg"],
+        "psnr": psnr(reader),
+    }
+
+
+def psnr(reader: Reader) -> float:
+    """Peak signal-to-noise ratio (dB) of rendered frames."""
+    square = []
+    for t in range(0, reader.num_frames, 8):
+        color, _ = reader.render(t)
+        square.append(np.square(color - reader.frames[t] / np.float32(255)).mean())
+    return float(-10 * np.log10(np.mean(square)))
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line per clip and set of terms, means last; +- is the spread over seeds."""
+    lines = [f"| clip | terms | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    clips = list(dict.fromkeys(row["clip"] for row in rows))
+    seeds = sorted({row["seed"] for row in rows})
+    for clip in [*clips, "mean"]:
+        for terms in dict.fromkeys(row["terms"] for row in rows):
+            cells = []
+            for column, decimals in COLUMNS.items():
+                scale = 1 if column in ("median", "psnr") else 100
+                chosen = [r for r in rows if r["terms"] == terms and clip in (r["clip"], "mean")]
+                means = [
+                    scale * np.mean([r[column] for r in chosen if r["seed"] == s]) for s in seeds
+                ]
+                spread = f" +- {np.std(means, ddof=1):.{decimals}f}" if len(seeds) > 1 else ""
+                cells.append(f"{np.mean(means):.{decimals}f}{spread}")
+            lines.append(f"| {clip} | {terms} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OmniError as error:
+        sys.exit(f"sharpness: {error}")
