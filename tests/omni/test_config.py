@@ -49,7 +49,7 @@ def test_unknown_key_names_the_nearest_valid_one(wrong, nearest):
         ("flow.refine=no", lambda c: c.flow.refine, False),
         ("model.motion=null", lambda c: c.model.motion, "none"),
         ("loss.photometric=2", lambda c: c.loss.photometric, Term(2.0)),
-        ("loss.photometric.begin=0.5", lambda c: c.loss.photometric, Term(0.5, 0.5)),
+        ("loss.photometric.begin=0.5", lambda c: c.loss.photometric, Term(5.0, 0.5)),
     ],
 )
 def test_values_are_coerced_by_field_type(override, read, value):

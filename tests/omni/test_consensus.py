@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from omni.consensus import NEARBY, Consensus, believe, circles, joined, trained
 from omni.witnesses import NAMED, PATH, WITNESSES, Witnesses
@@ -124,11 +125,12 @@ def script():
         yield runpy.run_path(str(SCRIPT))
 
 
-def test_training_finds_the_witness_who_is_right_and_how_right_he_is(script):
-    """One feature says how far a witness is off; half of the points are hidden, as another says."""
+@pytest.fixture(scope="module")
+def clips(script):
+    """Clips in which one feature says how far a witness is off, another whether he is hidden."""
     generator = torch.Generator().manual_seed(0)
 
-    def clip(times=TIMES):
+    def clip(times):
         off = 40 * torch.rand(64, times, 10, generator=generator) ** 3
         hidden = torch.rand(64, times, generator=generator) < 0.5
         values = torch.randn(64, times, 10, FEATURES, generator=generator)
@@ -140,8 +142,12 @@ def test_training_finds_the_witness_who_is_right_and_how_right_he_is(script):
         asked[:, 0] = True
         return script["Clip"](values.half(), torch.ones(64, 10).bool(), where, ~hidden, asked)
 
-    network = script["train"]([clip(), clip(2 * TIMES)], steps=300)
-    test = clip()
+    return [clip(TIMES), clip(2 * TIMES), clip(TIMES)]
+
+
+def test_training_finds_the_witness_who_is_right_and_how_right_he_is(script, clips):
+    *known, test = clips
+    network = script["train"](known, steps=300)
     valid = torch.ones(64 * TIMES, 10).bool()
     score, judged = network(test.values.float().flatten(0, 1), valid, test.off.flatten(0, 1))
     error = test.off.norm(dim=-1).flatten(0, 1)
@@ -154,3 +160,17 @@ def test_training_finds_the_witness_who_is_right_and_how_right_he_is(script):
     axis = test.off.flatten(0, 1).take_along_dim(best, 1)[:, 0][seen].abs()
     within = (axis.clamp(min=0.02) <= judged[seen, 2:].exp()).float().mean()
     assert 0.45 < within < 0.95, "72 % were asked for"
+
+
+def test_a_training_results_in_the_mean_of_the_weights_of_its_second_half(script, clips):
+    seen = []
+
+    def note(optimizer, *_):
+        seen.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+
+    with register_optimizer_step_post_hook(note):
+        network = script["train"](clips, steps=10)
+    assert len(seen) == 10
+    for result, *steps in zip(network.parameters(), *seen[5:], strict=True):
+        torch.testing.assert_close(result, torch.stack(steps).mean(0))
+        assert not torch.equal(result, steps[-1])

@@ -65,6 +65,19 @@ def test_adjacent_difference_ignores_a_common_offset():
     assert losses.adjacent_difference(spoiled, observed, weight).item() == pytest.approx(0.25)
 
 
+def test_constancy_pulls_small_differences_and_lets_large_ones_go():
+    here = torch.full((1, 4, 9, 3), 0.5)
+    off = torch.tensor([0.0, 0.02, 0.4, 0.02]).view(1, 4, 1, 1).requires_grad_()
+    weight = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    loss = losses.constancy(here + off, here, weight)
+    loss.backward()
+    small, large = 3 * 0.4**2, 3 * 8**2
+    expected = (small / (1 + small) + large / (1 + large)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    same, pulled, let_go, unweighted = off.grad.flatten().tolist()
+    assert same == 0 and unweighted == 0 and pulled > 50 * let_go > 0
+
+
 def test_acceleration_vanishes_for_constant_velocity():
     now, velocity = torch.randn(3, 4, 3), torch.randn(3, 4, 3)
     constant = losses.acceleration(now - velocity, now, now + velocity)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from omni.config import SamplingConfig
+from omni.coords import sample_image
 from omni.sampling import Batch, CorrespondenceSampler, LongTracks
 
 PLAIN = SamplingConfig(pairs=64, points=16, mining=0.0, held_out=0.0)
@@ -70,6 +71,35 @@ def test_a_batch_measures_the_true_motion_at_pixel_centres(small_store, scene):
             batch.color[k], torch.from_numpy(small_store.frames[t])[row, column] / 255
         )
     assert batch.sigma[batch.visible > 0].min() >= 0.25
+
+
+def test_patches_are_the_stored_pixels_and_bilinear_between_them(small_store):
+    draws = sampler(small_store)
+    height, width = small_store.size
+    times = torch.tensor([1, 4])
+    xy = torch.rand(2, 40, 2, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
+    xy = xy * torch.tensor([width, height])  # some beyond the frame
+    xy[:, 0] = torch.tensor([7.5, 4.5])
+    patches = draws.patches(times, xy)
+    assert patches.shape == (2, 40, 9, 3)
+    for k, t in enumerate(times.tolist()):
+        frame = torch.from_numpy(small_store.frames[t]).float() / 255
+        centers = {tuple(p.tolist()) for p in frame[3:6, 6:9].reshape(-1, 3)}
+        assert {tuple(p.tolist()) for p in patches[k, 0]} == centers
+        torch.testing.assert_close(patches[k, :, 4], sample_image(frame, xy[k]))
+
+
+def test_patches_say_which_way_they_change_and_survive_nan(small_store):
+    draws = sampler(small_store)
+    xy = torch.tensor([[[10.3, 8.6], [20.2, 11.7], [-50.0, 9.0]]], requires_grad=True)
+    times, step = torch.tensor([2]), torch.tensor([1e-2, 0.0])
+    draws.patches(times, xy)[..., 0].sum().backward()
+    with torch.no_grad():
+        ahead, behind = (draws.patches(times, xy + sign * step)[..., 0] for sign in (1, -1))
+    expected = (ahead - behind).sum(-1)[0] / 2e-2
+    torch.testing.assert_close(xy.grad[0, :, 0], expected, atol=1e-3, rtol=1e-3)
+    assert xy.grad[0, 2, 0] == 0 and expected[:2].abs().min() > 1e-2
+    assert draws.patches(times, torch.full((1, 1, 2), torch.nan)).isnan().all()
 
 
 def test_hidden_points_are_background_that_the_square_covers(small_store, scene):

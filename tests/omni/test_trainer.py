@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from omni.checkpoint import load_checkpoint, save_checkpoint
+from omni.config import Term
+from omni.coords import grid_queries, inside
 from omni.errors import DamagedError
 from omni.initialize import surface_depth
 from omni.readout import Reader
 from omni.signals import Interrupted
 from omni.trainer import MAX_ROLLBACKS, MOST_IN_FRONT, Trainer, fit_key
+from preprocess.pairs import schedule
 
 CPU = torch.device("cpu")
 
@@ -80,8 +83,9 @@ def test_fitting_lowers_the_loss_and_the_held_out_error(fitted):
 
 def test_every_weighted_loss_term_is_reported(fitted):
     _, values = fitted.scalars[0]
-    terms = {"flow", "surface", "photometric", "acceleration", "distortion", "depth_range"}
-    assert {f"loss/{name}" for name in terms | {"total"}} <= values.keys()
+    terms = {"flow", "surface", "photometric", "constancy", "acceleration", "distortion"}
+    terms |= {"depth_range", "total"}
+    assert {f"loss/{name}" for name in terms} <= values.keys()
     assert {"lr/mapping", "lr/motion"} <= values.keys()
 
 
@@ -425,7 +429,30 @@ def test_the_paper_s_losses_and_code_train_too(small_store, tmp_path):
     run = Trainer(small_store, config, tmp_path / "c.pt", CPU, lambda s, v: seen.append(v))
     run.run()
     assert {"loss/flow_difference", "loss/photometric_difference"} <= seen[0].keys()
-    assert run.rollbacks == 0 and "loss/surface" not in seen[0]
+    assert run.rollbacks == 0 and not {"loss/surface", "loss/constancy"} & seen[0].keys()
+
+
+def test_pictures_place_points_more_exactly_than_drifting_flow(
+    write_store, small_config, scene, tmp_path
+):
+    """Every flow is off by .1 pixel per frame, consistently, so that no cycle shows it."""
+    frames = np.stack([scene.frame(t) for t in range(scene.num_frames)])
+    pairs = [tuple(map(int, pair)) for pair in schedule(scene.num_frames, "log", 4)]
+    drift = np.array([0.1, -0.1], np.float32)
+    flows = {(i, j): scene.flow(i, j) + (j - i) * drift for i, j in pairs}
+    store = write_store(tmp_path, frames, pairs, flows)
+    queries = grid_queries(store.video_size, 0, 6)
+    xy, times = queries[:, :0:-1] / 2, np.arange(scene.num_frames)
+    truth = np.stack([scene.track(xy, 0, t) for t in times], 1)
+    seen = inside(truth, scene.size).all(1)  # the square hides background: the median forgives it
+    medians = []
+    for weight in (0, 4):
+        loss = replace(small_config.loss, constancy=Term(weight, 0.2, 0.3))
+        run = trainer(store, replace(small_config, loss=loss), tmp_path / f"{weight}.pt")
+        run.run()
+        said = Reader(store, run.field.eval(), 512).follow(queries, times).xy
+        medians.append(np.median(np.linalg.norm(said - truth, axis=-1)[seen][:, -1]))
+    assert medians[0] > 0.4 and medians[1] < 0.6 * medians[0], medians
 
 
 def test_a_video_of_two_frames_can_be_fitted_and_read(write_store, tiny_config, scene, tmp_path):
