@@ -41,9 +41,9 @@ SETTINGS = {
     "no chains": ["sampling.tracks=0"],
     "free-form": [],
 }
-READ_OUT = ("full", "field alone", "chains alone")
+READ_OUT = ("field alone", "chains alone")
 HALF_RATE = ("fitted frames", "omitted frames")
-VARIANTS = (*SETTINGS, *READ_OUT[1:], *HALF_RATE)
+VARIANTS = (*SETTINGS, *READ_OUT, *HALF_RATE)
 
 
 class FreeForm(RealNVP):

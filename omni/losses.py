@@ -28,7 +28,6 @@ __all__ = [
 DEPTH_SCALE = 20.0
 """Depth residuals are counted in twentieths of a depth unit: 0.05 is one robust sigma."""
 
-
 COLOR_SCALE = 0.05
 """Colour differences count in these: about 13 grey levels, over noise and below most edges."""
 

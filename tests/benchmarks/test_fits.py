@@ -13,7 +13,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SETTINGS = "optim.steps=3 optim.evaluate_every=3 model.hidden=8 sampling.pairs=4 threads=1"
 TINY = [f"--set={setting}" for setting in f"{SETTINGS} flow.workers=1 device=cpu".split()]
 
-
 CLIP = object()
 """The clip's path among arguments."""
 
