@@ -36,6 +36,8 @@ from omni.truth import Truth, load_truth
 
 METHODS = ("ours", "chains", "mft", "chain", "direct")
 COLUMNS = ("AJ", "delta_avg", "OA", "TC", "delta_seg", "delta_3px", "seconds")
+FORMATS = {"TC": (1, 2), "seconds": (1, 1), "median": (1, 3), "psnr": (1, 1)}
+"""Factor and decimals of the columns that are no shares, which are in percent."""
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,17 @@ def fork(folder: Path, other: Path) -> Path:
     return other
 
 
-def table(rows: list[dict]) -> str:
-    """Lay out a Markdown table: a line per clip and method, means last; +- is the seeds' spread."""
-    lines = [f"| clip | method | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+def table(rows: list[dict], columns: Sequence[str] = COLUMNS, by: str = "method") -> str:
+    """Lay out a Markdown table: a line per clip and `by`, means last; +- is the seeds' spread."""
+    lines = [f"| clip | {by} | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     clips = list(dict.fromkeys(row["clip"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    groups = list(dict.fromkeys(row[by] for row in rows))
     for clip in [*clips, "mean"]:
-        for method in methods:
-            chosen = [r for r in rows if r["method"] == method and clip in (r["clip"], "mean")]
-            seeds = _means_by_seed(chosen)
-            cells = " | ".join(_cell(column, *seeds) for column in COLUMNS)
-            lines.append(f"| {clip} | {method} | {cells} |")
+        for group in groups:
+            chosen = [r for r in rows if r[by] == group and clip in (r["clip"], "mean")]
+            seeds = _means_by_seed(chosen, columns)
+            cells = " | ".join(_cell(column, *seeds) for column in columns)
+            lines.append(f"| {clip} | {group} | {cells} |")
     return "\n".join(lines)
 
 
@@ -197,12 +199,12 @@ def _reported_seconds(folder: Path, method: str) -> float:
     return sum(stages[stage]["seconds"] for stage in used)
 
 
-def _means_by_seed(rows: list[dict]) -> list[dict]:
+def _means_by_seed(rows: list[dict], columns: Sequence[str]) -> list[dict]:
     """One dict per seed: each column's mean over the clips where it is defined."""
     means = []
     for seed in sorted({row["seed"] for row in rows}):
         mine = [row for row in rows if row["seed"] == seed]
-        defined = {c: [r[c] for r in mine if r[c] is not None] for c in COLUMNS}
+        defined = {c: [r[c] for r in mine if r[c] is not None] for c in columns}
         means.append({c: float(np.mean(v)) if v else None for c, v in defined.items()})
     return means
 
@@ -211,7 +213,7 @@ def _cell(column: str, *seeds: dict) -> str:
     values = [row[column] for row in seeds]
     if None in values:
         return "-"
-    scale, digits = (1, 2) if column == "TC" else (1, 1) if column == "seconds" else (100, 1)
+    scale, digits = FORMATS.get(column, (100, 1))
     text = f"{scale * np.mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} +- {scale * np.std(values, ddof=1):.{digits}f}"
 

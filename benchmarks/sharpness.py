@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ablation import field_alone
-from quality import Clip, find_clips, fitted
+from ablation import SETTINGS, field_alone
+from quality import Clip, find_clips, fitted, table
 from record import commit, machine
 
 from omni import run as runs
@@ -30,10 +30,9 @@ from omni.readout import Reader
 TERMS = {
     "both": [],
     "rendered colour alone": ["loss.constancy.weight=0"],
-    "none": ["loss.photometric.weight=0", "loss.constancy.weight=0"],
+    "none": SETTINGS["no photometric"],
 }
-COLUMNS = {"median": 3, "within_1px": 1, "delta_avg": 1, "psnr": 1}
-"""Decimals of each column."""
+COLUMNS = ("median", "within_1px", "delta_avg", "psnr")
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def main() -> None:
                 rows.append({"clip": clip.name, "terms": terms, "seed": seed})
                 rows[-1] |= measure(clip, options.runs, chosen)
                 print(rows[-1], file=sys.stderr)
-    print(table(rows))
+    print(table(rows, COLUMNS, by="terms"))
     if options.out:
         record = {"commit": commit(), "command": sys.argv[1:], "machine": machine()}
         record["results"] = rows
@@ -91,26 +90,6 @@ def psnr(reader: Reader) -> float:
         color, _ = reader.render(t)
         square.append(np.square(color - reader.frames[t] / np.float32(255)).mean())
     return float(-10 * np.log10(np.mean(square)))
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown: a line per clip and set of terms, means last; +- is the spread over seeds."""
-    lines = [f"| clip | terms | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
-    clips = list(dict.fromkeys(row["clip"] for row in rows))
-    seeds = sorted({row["seed"] for row in rows})
-    for clip in [*clips, "mean"]:
-        for terms in dict.fromkeys(row["terms"] for row in rows):
-            cells = []
-            for column, decimals in COLUMNS.items():
-                scale = 1 if column in ("median", "psnr") else 100
-                chosen = [r for r in rows if r["terms"] == terms and clip in (r["clip"], "mean")]
-                means = [
-                    scale * np.mean([r[column] for r in chosen if r["seed"] == s]) for s in seeds
-                ]
-                spread = f" +- {np.std(means, ddof=1):.{decimals}f}" if len(seeds) > 1 else ""
-                cells.append(f"{np.mean(means):.{decimals}f}{spread}")
-            lines.append(f"| {clip} | {terms} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ablation import field_alone
 from quality import Clip, find_clips, prepared
 from record import machine
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,6 @@ from omni.files import write_atomic
 from omni.metrics import evaluate, queries
 from omni.readout import Reader
 from omni.store import Store
-from omni.tracks import Tracks
 from omni.trainer import Trainer
 
 PROBE = 10
@@ -142,19 +142,8 @@ def judge(store: Store, trainer: Trainer, clip: Clip) -> float:
     """delta_avg of the field alone."""
     points = queries(clip.truth, "given").query_points.astype(np.float32)
     field = trainer.field.eval()
-    said = Reader(store, field, 8192).follow(points, np.arange(store.num_frames))
+    tracks = field_alone(Reader(store, field, 8192), points)
     field.train()
-    scale = np.array(store.video_size[::-1]) / store.size[::-1]
-    shape = said.visibility.shape
-    tracks = Tracks(
-        (said.xy * scale).astype(np.float32),
-        said.visibility > 0.5,
-        said.visibility,
-        np.ones(shape, np.float32),
-        points,
-        store.video_size,
-        store.fps,
-    )
     return evaluate(tracks, clip.truth, "given")["delta_avg"]
 
 
