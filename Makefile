@@ -20,9 +20,12 @@ faults: .venv/installed
 	$(BIN)/python tests/faults/kills.py --kills 30
 	$(BIN)/python tests/faults/fuzz.py --inputs 20000
 
+# Style, types and spelling.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

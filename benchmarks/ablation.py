@@ -1,11 +1,11 @@
-"""What each part of the fit and of the read-out is worth: the same clips and flows without it.
+"""Ablation of the fit and of the read-out: the same clips and flows without each part.
 
     python benchmarks/ablation.py --data ../shared/data/synthetic/dev --config cpu -o ablation.json
 
 `free-form` replaces the inverse of the bijections by networks of their own, so that nothing
 guarantees that mapping there and back is the identity. It exists here alone. `fitted frames` and
-`omitted frames` are both of a fit to every second frame: what it says at the frames it saw, and
-half way between them (delta_avg alone).
+`omitted frames` both score (delta_avg alone) a fit to every second frame: at the frames that were
+fitted, and half way between them.
 """
 
 import argparse
@@ -21,17 +21,16 @@ from quality import COLUMNS, Clip, find_clips, fitted, prepared, table
 from record import machine
 from torch import Tensor
 
-import omni.model
+import omni.field.model.field
 from omni import run as runs
-from omni.bijection import RealNVP
 from omni.config import Config, load_config
-from omni.coords import rescale
 from omni.errors import OmniError
-from omni.files import write_atomic
-from omni.metrics import DISTANCES, delta, evaluate, queries
-from omni.readout import Reader
+from omni.evaluation import DISTANCES, delta, evaluate, queries
+from omni.field import RealNVP
+from omni.maths import rescale
 from omni.store import Store
-from omni.tracks import Tracks
+from omni.system import write_atomic
+from omni.tracking import Reader, Tracks
 
 SETTINGS = {
     "full": [],
@@ -122,21 +121,21 @@ def fit(clip: Clip, variant: str, cache: Path, config: Config) -> Reader:
 @contextlib.contextmanager
 def free_form() -> Iterator[None]:
     """Fields made inside have a `FreeForm` in place of their bijections."""
-    before, omni.model.RealNVP = omni.model.RealNVP, FreeForm
+    before, omni.field.model.field.RealNVP = omni.field.model.field.RealNVP, FreeForm
     try:
         yield
     finally:
-        omni.model.RealNVP = before
+        omni.field.model.field.RealNVP = before
 
 
 def field_alone(reader: Reader, points: np.ndarray) -> Tracks:
-    """What the field says, without chains, fusion and smoothing."""
-    said = reader.follow(points, np.arange(reader.num_frames))
+    """Estimates of the field, without chains, fusion and smoothing."""
+    estimate = reader.follow(points, np.arange(reader.num_frames))
     return Tracks(
-        rescale(said.xy, reader.size, reader.video_size),
-        said.visibility > 0.5,
-        said.visibility,
-        np.ones(said.visibility.shape, np.float32),
+        rescale(estimate.xy, reader.size, reader.video_size),
+        estimate.visibility > 0.5,
+        estimate.visibility,
+        np.ones(estimate.visibility.shape, np.float32),
         points,
         reader.video_size,
         reader.fps,
@@ -151,8 +150,8 @@ def half_rate(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str
     points = queries(truth, "given").query_points.astype(np.float32)
     rows = points[:, 0] % 2 == 0
     frames = np.arange(variant == "omitted frames", 2 * reader.num_frames - 1, 2)
-    asked = points[rows] / np.array([2, 1, 1], np.float32)
-    found = reader.tracks(asked, frames / 2).tracks
+    halved = points[rows] / np.array([2, 1, 1], np.float32)
+    found = reader.tracks(halved, frames / 2).tracks
     found = rescale(found, reader.video_size, (256, 256))
     true = rescale(truth.tracks[rows][:, frames], truth.size, (256, 256))
     visible = truth.visible[rows][:, frames]

@@ -24,21 +24,16 @@ import torch
 from record import commit, machine
 from tqdm import tqdm
 
-from omni.coords import pixel_centers
 from omni.errors import OmniError
-from omni.links import sample_flow
-from omni.store import Store, decode_flow, unpack_evidence, write_atomic
-from omni.tracks import read_arrays
-from preprocess.consistency import assess
-from preprocess.dis import DisFlow
-from preprocess.flow import FlowProvider, compute_flows
-from preprocess.pairs import halfway
+from omni.maths import decode_flow, pixel_centers, unpack_evidence
+from omni.store import UNCERTAINTY_ARRAY, Store
+from omni.system import write_atomic
+from omni.tracking import read_arrays, sample_flow
+from preprocess.evidence import NOISE, assess, calibrated
+from preprocess.flow import DisFlow, FlowProvider, compute_flows, halfway
+from preprocess.flow.raft import EMBEDDED, RaftFlow, Weights
 from preprocess.parallel import worker_count
-from preprocess.raft import EMBEDDED, RaftFlow, Weights
-from preprocess.sigma import NOISE, calibrated
-from preprocess.training.scenes import draw_scenes
-from preprocess.training.sensor import expose
-from preprocess.training.textures import TextureBank
+from preprocess.training import TextureBank, draw_scenes, expose
 
 SETS = ("generated", "blur", "dev", "kitti")
 SEED = 2**31 - 2  # training and its validation use others
@@ -71,7 +66,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames (T, H, W, 3) uint8 and what is known of their motion."""
+    """Frames (T, H, W, 3) uint8 and their true motion."""
 
     frames: np.ndarray
     truths: list[Truth]
@@ -100,14 +95,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        OmniError: no scenes are asked for, or a CUDA device that is not there.
+        OmniError: fewer than one scene, or a CUDA device that does not exist.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data"), help="of dev and kitti"
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
-    parser.add_argument("--weights", type=Path, nargs="*", default=[], help="RAFT weights to judge")
+    parser.add_argument("--weights", type=Path, nargs="*", default=[], help="of RAFT")
     parser.add_argument("--raft", choices=("small", "large"), default="small", help="of --weights")
     parser.add_argument("--scenes", type=int, default=12, help="scenes of a generated set")
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256), help="of generated frames")
@@ -127,7 +122,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def find_providers(options: argparse.Namespace) -> dict[str, FlowProvider]:
     """DIS refined and plain, our embedded RAFT where this build has one, and the given weights."""
     workers = worker_count(options.threads)
-    providers = {"dis": DisFlow(True, workers), "dis unrefined": DisFlow(False, workers)}
+    providers: dict[str, FlowProvider] = {"dis": DisFlow(workers)}
     if EMBEDDED.is_file():
         providers["raft embedded"] = RaftFlow(
             Weights(EMBEDDED, "small", "embedded"), options.device
@@ -162,7 +157,7 @@ def load_set(name: str, options: argparse.Namespace) -> Iterator[Clip]:
 
 @torch.no_grad()
 def generate(index: int, size: tuple[int, int], bank: TextureBank, blur: bool, device: str) -> Clip:
-    """Scene `index`, watched for `LAST` frames; with `blur` through a shutter open for 0.9."""
+    """Scene `index` over `LAST` frames; with `blur` through a shutter open for 0.9."""
     scenes = draw_scenes([(SEED, index)], size, bank, [LAST], device=device)
     if blur:
         scenes = replace(scenes, shutter=torch.full_like(scenes.shutter, 0.9))
@@ -233,7 +228,7 @@ def score(clips: Sequence[Clip], provider: FlowProvider, title: str) -> dict[str
         seconds, count = seconds + spent, count + len(pairs)
         for truth in clip.truths:
             k = pairs.tolist().index([truth.source, truth.target])
-            parts.append(judge(truth, flow[k], evidence(k), provider.name))
+            parts.append(compare(truth, flow[k], evidence(k), provider.name))
     points = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     scores = {name: errors(points["error"][chosen]) for name, chosen in groups(points).items()}
     inside = np.abs(points["difference"]) / points["sigma"][:, None]
@@ -262,27 +257,27 @@ def estimate(frames: np.ndarray, pairs: np.ndarray, provider: FlowProvider, fold
     """Flow (K, h, w, 2) of `pairs`, a function from k to its evidence, and the seconds it took."""
     shape = (len(pairs), *frames.shape[1:3])
     arrays = {"flow": ((*shape, 2), np.int16)}
-    if provider.judges:
-        arrays["doubt"] = (shape, np.uint8)
+    if provider.predicts_uncertainty:
+        arrays[UNCERTAINTY_ARRAY] = (shape, np.uint8)
     store = Store(folder)
     with store.stage("flow", "benchmark", arrays, len(pairs)) as stage:
         start = time.perf_counter()
         compute_flows(frames, pairs, provider, stage, tqdm(disable=True))
         seconds = time.perf_counter() - start
     flow = decode_flow(np.array(store.flow))
-    doubt = None if store.doubt is None else np.array(store.doubt)
+    uncertainty = None if store.uncertainty is None else np.array(store.uncertainty)
     index = {tuple(pair): k for k, pair in enumerate(pairs.tolist())}
 
     def evidence(k: int):
         reverse = index[tuple(pairs[k, ::-1].tolist())]
-        judged = None if doubt is None else unpack_evidence(doubt[k])
-        return assess(flow[k], flow[reverse], THRESHOLD, None, judged)
+        predicted = None if uncertainty is None else unpack_evidence(uncertainty[k])
+        return assess(flow[k], flow[reverse], THRESHOLD, None, predicted)
 
     return flow, evidence, seconds
 
 
-def judge(truth: Truth, flow: np.ndarray, evidence, name: str) -> dict[str, np.ndarray]:
-    """What is known of every point of one pair, as arrays (N, ...)."""
+def compare(truth: Truth, flow: np.ndarray, evidence, name: str) -> dict[str, np.ndarray]:
+    """Errors, sigma and groups of every point of one pair, as arrays (N, ...)."""
     difference = sample_flow(flow, truth.xy) - truth.flow
     column, row = truth.xy.astype(int).T
     count, distance = len(difference), abs(truth.target - truth.source)

@@ -1,11 +1,11 @@
-"""Peak memory of exporting every pixel of a long clip: `omni export --dense` as a user runs it.
+"""Peak memory of exporting every pixel of a long clip with `omni export --dense`.
 
     python benchmarks/memory.py --frames 200 --size 480 854 --grid 1 --config default --out F.json
 
-The run is made up: flows are zero and the field is untrained, which costs the same memory as any
+The run is synthetic: flows are zero and the field is untrained, which costs the same memory as any
 other; `--set model.hidden=8` and the like make it faster. `--minutes` ends the export early, with
-what was seen until then. Reported are the peak resident size of the command (with what it maps of
-the store, which the system can drop at any time), the part of it that it owns, and the time.
+the peak until then. Reported are the peak resident size of the command (with the memory-mapped part
+of the store, which the system can drop at any time), its anonymous memory alone, and the time.
 """
 
 import argparse
@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from omni.checkpoint import save_checkpoint
-from omni.config import Config, load_config, to_dict
-from omni.coords import processing_size
-from omni.files import write_atomic
-from omni.model import Field
+from omni.config import Config, load_config
+from omni.field import Field, save_checkpoint
+from omni.maths import processing_size
 from omni.store import Store
-from preprocess.pairs import schedule
+from omni.system import to_dict, write_atomic
+from preprocess.flow import schedule
 
 
 def make_run(folder: Path, frames: int, size: tuple[int, int], settings: Config) -> None:
@@ -54,7 +53,7 @@ def make_run(folder: Path, frames: int, size: tuple[int, int], settings: Config)
 
 
 def owned(pid: int) -> int:
-    """Bytes of a process that are its own: not mapped from a file, not swapped."""
+    """Anonymous resident memory of a process in bytes: not mapped from a file, not swapped."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -63,7 +62,7 @@ def owned(pid: int) -> int:
 
 
 def main() -> None:
-    """Make the run, export it, print and write what it took."""
+    """Make the run, export it, print and write its memory and time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--size", type=int, nargs=2, default=(480, 854), metavar=("H", "W"))

@@ -24,15 +24,12 @@ import numpy as np
 from record import commit, machine
 
 from omni import run as runs
-from omni.baselines import baseline
-from omni.config import Config, digest, load_config, to_dict
+from omni.config import Config, load_config
 from omni.errors import OmniError
-from omni.files import write_atomic
-from omni.metrics import evaluate, queries
-from omni.readout import Reader
+from omni.evaluation import Truth, baseline, evaluate, load_truth, queries
 from omni.store import Store
-from omni.tracks import read_arrays
-from omni.truth import Truth, load_truth
+from omni.system import digest, to_dict, write_atomic
+from omni.tracking import Reader, read_arrays
 
 METHODS = ("ours", "chains", "mft", "chain", "direct")
 COLUMNS = ("AJ", "delta_avg", "OA", "TC", "delta_seg", "delta_3px", "seconds")
@@ -42,7 +39,7 @@ FORMATS = {"TC": (1, 2), "seconds": (1, 1), "median": (1, 3), "psnr": (1, 1)}
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, as a folder of frames, and the truth about it."""
+    """A video, as a folder of frames, and its ground truth."""
 
     name: str
     frames: Path
@@ -170,7 +167,10 @@ def fork(folder: Path, other: Path) -> Path:
 
 
 def table(rows: list[dict], columns: Sequence[str] = COLUMNS, by: str = "method") -> str:
-    """Lay out a Markdown table: a line per clip and `by`, means last; +- is the seeds' spread."""
+    """Lay out a Markdown table: a line per clip and `by`, means last.
+
+    +- is the standard deviation over seeds.
+    """
     lines = [f"| clip | {by} | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     clips = list(dict.fromkeys(row["clip"] for row in rows))
     groups = list(dict.fromkeys(row[by] for row in rows))

@@ -1,4 +1,4 @@
-"""What belongs beside every measured number: the code and the machine."""
+"""What every record of measurements holds beside them: the code and the machine."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ __all__ = ["commit", "machine"]
 
 
 def commit() -> str:
-    """What `git describe` says of this checkout."""
+    """Output of `git describe` in this checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     folder = Path(__file__).parent
     try:
@@ -24,7 +24,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the numbers were measured on."""
+    """The machine and the versions with which the numbers were measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"opencv": cv2.__version__, "numpy": np.__version__}

@@ -1,4 +1,4 @@
-"""What the photometric terms do to the field itself, before anything is fused.
+"""Effect of the photometric terms on the field itself, before fusion with chains.
 
     python benchmarks/sharpness.py --data ../shared/data/synthetic/dev --config cpu --seeds 3
 
@@ -21,11 +21,11 @@ from record import commit, machine
 
 from omni import run as runs
 from omni.config import Config, load_config
-from omni.coords import rescale
 from omni.errors import OmniError
-from omni.files import write_atomic
-from omni.metrics import evaluate, queries, scored_frames
-from omni.readout import Reader
+from omni.evaluation import evaluate, queries, scored_frames
+from omni.maths import rescale
+from omni.system import write_atomic
+from omni.tracking import Reader
 
 TERMS = {
     "both": [],

@@ -1,9 +1,9 @@
-"""How long our fit needs to reach what the paper's configuration reaches in a given time.
+"""Time that our fit needs to reach the accuracy of the paper's configuration after a given time.
 
     python benchmarks/time_to_accuracy.py ../shared/data/synthetic/dev/tumble.npz --minutes 60 \
         -o time_to_accuracy.json
 
-Both fits see the same flows, run one after the other in one process, and are judged by delta_avg
+Both fits use the same flows, run one after the other in one process, and are scored by delta_avg
 of the field alone: no chains, no fusion, no smoothing. The paper's batch is reduced so that its
 schedule fits into the time. Arithmetic per ray is that of one training step (forward and backward)
 by PyTorch's FLOP counter, divided by the rays of its batch.
@@ -28,11 +28,12 @@ from tqdm import tqdm
 
 from omni.config import Config, load_config
 from omni.errors import OmniError
-from omni.files import write_atomic
-from omni.metrics import evaluate, queries
-from omni.readout import Reader
+from omni.evaluation import evaluate, queries
+from omni.field import Trainer
+from omni.run import make_trainer
 from omni.store import Store
-from omni.trainer import Trainer
+from omni.system import write_atomic
+from omni.tracking import Reader
 
 PROBE = 10
 """Steps from which the speed of the paper's configuration is estimated."""
@@ -94,7 +95,7 @@ def both(ours: Config, paper: Config) -> tuple[tuple[str, Config], tuple[str, Co
 def flops_per_ray(store: Store, config: Config) -> float:
     """Floating-point operations of one training step per ray of its batch."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(store, config, Path(folder) / "none.pt", torch.device("cpu"))
+        trainer = make_trainer(store, config, Path(folder) / "none.pt", torch.device("cpu"))
         trainer.field.train()
         with FlopCounterMode(display=False) as counter:
             trainer.train_step()
@@ -104,7 +105,7 @@ def flops_per_ray(store: Store, config: Config) -> float:
 def with_steps(store: Store, paper: Config, minutes: float) -> Config:
     """The paper's configuration with as many steps as the time allows, from a few of them."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(store, paper, Path(folder) / "none.pt", torch.device("cpu"))
+        trainer = make_trainer(store, paper, Path(folder) / "none.pt", torch.device("cpu"))
         trainer.train_step()
         start = time.perf_counter()
         for _ in range(PROBE):
@@ -119,12 +120,12 @@ def curve(
 ) -> Iterator[tuple[float, int, float]]:
     """Seconds of fitting, step and delta_avg of the field alone, ever less often, and at the end.
 
-    The seconds count setting up and fitting, not judging. `wait` are those before the first one.
+    The seconds count setting up and fitting, not evaluation. `wait` are those before the first one.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(store, config, Path(folder) / "none.pt", torch.device("cpu"))
-        used = judged = time.perf_counter() - start
+        trainer = make_trainer(store, config, Path(folder) / "none.pt", torch.device("cpu"))
+        used = evaluated = time.perf_counter() - start
         with tqdm(total=config.optim.steps, disable=None) as bar:
             while trainer.step < config.optim.steps and used < limit:
                 start = time.perf_counter()
@@ -132,13 +133,13 @@ def curve(
                 trainer.step += 1
                 used += time.perf_counter() - start
                 bar.update()
-                if used - judged > wait:
-                    yield used, trainer.step, judge(store, trainer, clip)
-                    judged, wait = used, 1.3 * wait
-        yield used, trainer.step, judge(store, trainer, clip)
+                if used - evaluated > wait:
+                    yield used, trainer.step, accuracy(store, trainer, clip)
+                    evaluated, wait = used, 1.3 * wait
+        yield used, trainer.step, accuracy(store, trainer, clip)
 
 
-def judge(store: Store, trainer: Trainer, clip: Clip) -> float:
+def accuracy(store: Store, trainer: Trainer, clip: Clip) -> float:
     """delta_avg of the field alone."""
     points = queries(clip.truth, "given").query_points.astype(np.float32)
     field = trainer.field.eval()
@@ -148,7 +149,7 @@ def judge(store: Store, trainer: Trainer, clip: Clip) -> float:
 
 
 def last(points: Iterator[tuple[float, int, float]]) -> dict[str, float]:
-    """The end of a curve, and the best score on the way, which counts as what it reached."""
+    """The end of a curve with the best score along it, which counts as its accuracy."""
     every = list(points)
     seconds, step, _ = every[-1]
     return {"seconds": round(seconds, 1), "step": step, "delta_avg": max(p[2] for p in every)}

@@ -16,7 +16,7 @@ _HOMES = {
     "Config": "config",
     "OmniError": "errors",
     "Run": "run",
-    "Tracks": "tracks",
+    "Tracks": "tracking",
     "export": "run",
     "fit": "run",
     "load": "run",

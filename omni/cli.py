@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +11,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from omni.errors import OmniError
-from omni.memory import out_of_memory
-from omni.signals import raise_interrupted, stop_signals
+from omni.system import Finding, examine_machine, out_of_memory, raise_interrupted, stop_signals
 
 __all__ = ["main"]
 
@@ -25,7 +25,7 @@ def optimize(
     /,
     out: Out = None,
     config: Settings = None,
-    overrides: Overrides = [],  # noqa: B006 - tyro reads the default, nobody mutates it
+    overrides: Overrides = [],  # noqa: B006 - tyro reads the default, it is never mutated
     masks: Path | None = None,
     matches: Path | None = None,
 ) -> None:
@@ -58,7 +58,7 @@ def track(
     masks: Path | None = None,
     queries: Path | None = None,
 ) -> None:
-    """Track by integrating flows, without a fit: the quick answer. Writes RUN/chains.npz.
+    """Track by integrating flows, without a fit: a quick result. Writes RUN/chains.npz.
 
     Args:
         video: video file or folder of frames
@@ -91,10 +91,8 @@ def preprocess(
         masks: folder of per-frame label PNGs, or one mask
     """
     from omni import run
-    from omni.config import load_config
 
-    settings = load_config(run.choose_config(out, config), overrides)
-    run.preprocess_video(video, out, settings, masks)
+    run.preprocess_video(video, out, config, overrides, masks)
 
 
 def fit(
@@ -111,9 +109,8 @@ def fit(
         overrides: change one setting; may be repeated
     """
     from omni import run as runs
-    from omni.config import load_config
 
-    runs.fit(run, load_config(runs.choose_config(run, config), overrides))
+    runs.fit(run, config, overrides)
 
 
 def export(
@@ -166,7 +163,7 @@ def board(run: Positional[Path], /, port: int = 6006, host: str = "127.0.0.1") -
         port: of the web page
         host: 0.0.0.0 to reach it from other machines
     """
-    from omni.board import serve
+    from omni.views import serve
 
     serve(run, port, host)
 
@@ -181,17 +178,16 @@ def evaluate(
     """Score tracks against ground truth as TAP-Vid does.
 
     Args:
-        prediction: tracks .npz (ours or CoTracker arrays)
+        prediction: tracks .npz (of omni, or of CoTracker's arrays)
         truth: .npz, or TAP-Vid pickle as FILE.pkl:CLIP
         mode: how queries are drawn from the truth
         out: JSON to write
     """
     import json
 
-    from omni.files import write_atomic
-    from omni.metrics import evaluate as score
-    from omni.metrics import format_scores
-    from omni.truth import load_prediction, load_truth
+    from omni.evaluation import evaluate as score
+    from omni.evaluation import format_scores, load_prediction, load_truth
+    from omni.system import write_atomic
 
     scores = score(load_prediction(prediction), load_truth(truth), mode)
     if out is not None:
@@ -206,7 +202,7 @@ def baseline(
     method: Literal["direct", "chain", "mft"] = "mft",
     queries: Path | None = None,
 ) -> None:
-    """Track by following the run's flows alone: what a user would get without us.
+    """Track by following the run's flows alone, as a baseline for the field.
 
     Args:
         run: preprocessed run folder
@@ -221,19 +217,24 @@ def baseline(
 
 
 def doctor(run: Positional[Path | None] = None, /) -> None:
-    """Look at this machine, and at a run folder: what works, and what to do about the rest.
+    """Check this machine, and a run folder: what works, and how to repair the rest.
 
     Args:
         run: run folder to check as well
     """
-    from omni.doctor import examine
-
     problems = 0
-    for finding in examine(run):
+    for finding in _findings(run):
         print(finding)
-        problems += finding.verdict == "problem"
+        problems += finding.status == "problem"
     if problems:
         sys.exit(1)
+
+
+def _findings(run: Path | None) -> Iterator[Finding]:
+    if (yield from examine_machine(Path.cwd() if run is None else run)):
+        from omni.run import examine  # not without a torch that can be imported
+
+        yield from examine(run)
 
 
 COMMANDS = {
@@ -279,7 +280,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _leave(message: object, code: int) -> None:
-    """Say one line, whatever bytes a file name brought along, and exit."""
+    """Print one line, whatever bytes a file name contains, and exit."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
     print(f"omni: {line}", file=sys.stderr)
     sys.exit(code)

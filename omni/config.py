@@ -5,13 +5,6 @@ package) or a user's file holds only what differs. Unknown keys and wrong types 
 name the nearest valid key.
 """
 
-import dataclasses
-import difflib
-import hashlib
-import json
-import math
-import reprlib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +13,13 @@ from typing import Any, Literal
 import yaml
 
 from omni.errors import OmniError
+from omni.system import Shorthand, apply_settings, parse_yaml, shorten, to_dict
 
-__all__ = ["Config", "Term", "apply", "digest", "load_config", "presets", "to_dict", "to_yaml"]
+__all__ = ["Config", "Term", "load_config", "parse_config", "presets", "to_yaml"]
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Shorthand):
     """Weight of one loss term: 0 before `begin`, then a linear ramp, constant from `end` on."""
 
     weight: float = 0.0
@@ -64,8 +58,6 @@ class FlowConfig:
     """log: gaps 1, 2, 4, ... max_gap in both directions; exhaustive: all ordered pairs"""
     max_gap: int = 32
     """longest gap of the log schedule, frames"""
-    refine: bool = True
-    """variational refinement of dis flow"""
     workers: int = 0
     """threads computing dis flow; 0: one per core"""
     cycle_threshold: float = 1.5
@@ -227,7 +219,7 @@ class OutputConfig:
     render_side: int = 128
     """short side of the rendered colour and depth videos"""
     render_frames: int = 60
-    """most frames rendered for them, evenly spread"""
+    """most frames rendered for them, evenly spaced"""
 
 
 @dataclass(frozen=True)
@@ -305,6 +297,9 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 """Smallest and largest sensible value of every number that has one."""
 
+_RETIRED: dict[str, Any] = {"flow.refine": True}
+"""Settings of older versions, and the value that omni has had for them ever since."""
+
 _LONGEST_YAML = 1 << 20
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -327,57 +322,53 @@ def load_config(base: Config | str = "", overrides: typing.Sequence[str] = ()) -
     """
     config = base if isinstance(base, Config) else Config()
     if isinstance(base, str) and base:
-        config = apply(config, _read_yaml(base), where=base)
+        config = parse_config(_read_yaml(base), where=base)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise OmniError(f"--set {_short(text)} is not of the form section.key=value")
-        tree: Any = _parse(value, f"--set {_short(text)}")
+            raise OmniError(f"--set {shorten(text)} is not of the form section.key=value")
+        tree: Any = parse_yaml(value, f"--set {shorten(text)}")
         for part in reversed(key.strip().split(".")):
             tree = {part: tree}
-        config = apply(config, tree, where="--set")
+        config = apply_settings(config, tree, where="--set")
     _check_limits(config)
     return config
 
 
-def apply(config: Any, changes: dict, where: str, prefix: str = "") -> Any:
-    """A copy of a dataclass `config` with the nested mapping `changes` laid over it.
+def parse_config(tree: Any, where: str) -> Config:
+    """Settings from a nested mapping that may come from an older version, or from anybody.
+
+    Args:
+        tree: what a YAML file or a checkpoint holds.
+        where: what to call it in messages.
 
     Raises:
-        OmniError: a key that does not exist (naming the nearest) or a value of another type.
+        OmniError: unknown key, wrong type, a value out of range, or a setting that is gone and had
+            another value than today's.
     """
-    if not isinstance(changes, dict):
-        raise OmniError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys")
-    hints = typing.get_type_hints(type(config))
-    new = {}
-    for key, value in changes.items():
-        if key not in hints:
-            name = key if isinstance(key, str) else _short(key)
-            raise OmniError(f"{where}: unknown key {prefix}{name:.80}{_suggest(name[:80], prefix)}")
-        current = getattr(config, key)
-        if dataclasses.is_dataclass(current) and isinstance(value, dict):
-            new[key] = apply(current, value, where, f"{prefix}{key}.")
-        elif isinstance(current, Term):
-            new[key] = Term(_coerce(value, float, f"{where}: {prefix}{key}"))
-        else:
-            new[key] = _coerce(value, hints[key], f"{where}: {prefix}{key}")
-    return dataclasses.replace(config, **new)
+    config = apply_settings(Config(), _without_retired(tree, where), where)
+    _check_limits(config)
+    return config
 
 
-def to_dict(config: Any) -> dict:
-    """Nested plain dict of a config, with JSON- and YAML-safe values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def _without_retired(tree: Any, where: str) -> Any:
+    for name, value in _RETIRED.items():
+        section, key = name.split(".")
+        part = tree.get(section) if isinstance(tree, dict) else None
+        if not isinstance(part, dict) or key not in part:
+            continue
+        if part[key] != value:
+            raise OmniError(
+                f"{where}: {name} is always {value} in this version, not {shorten(part[key])}: "
+                "use a new run folder, or the version that wrote it"
+            )
+        tree = {**tree, section: {k: v for k, v in part.items() if k != key}}
+    return tree
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML text that `load_config` reads back to an equal object."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def digest(*parts: Any) -> str:
-    """Short stable hash of JSON-safe values: the key under which a stage's output is cached."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_limits(config: Config) -> None:
@@ -403,71 +394,5 @@ def _read_yaml(name: str) -> dict:
         raise OmniError(f"config {path} cannot be read: {error}") from None
     if len(text) > _LONGEST_YAML:
         raise OmniError(f"config {path} is no config: it is larger than {_LONGEST_YAML} bytes")
-    tree = _parse(text, f"config {path}")
+    tree = parse_yaml(text, f"config {path}")
     return {} if tree is None else tree
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
-        # Not only its own errors: numbers too long, dates that do not exist, keys that are lists.
-        reason = " ".join(str(error).split())[:300]
-        raise OmniError(f"{where} cannot be read: {reason}") from None
-
-
-def _short(value: Any) -> str:
-    """Bounded, however large: YAML's aliases write a list of a billion entries in ten lines."""
-    return reprlib.repr(value)
-
-
-def _suggest(key: str, prefix: str) -> str:
-    every = _all_keys(Config)
-    near = difflib.get_close_matches(prefix + key, every, 1, 0.6)
-    near = near or [name for name in every if name.split(".")[-1] == key][:1]
-    near = near or difflib.get_close_matches(key, [n.split(".")[-1] for n in every], 1)
-    return f" (nearest valid key: {near[0]})" if near else ""
-
-
-def _all_keys(schema: type, prefix: str = "") -> list[str]:
-    names = []
-    for name, hint in typing.get_type_hints(schema).items():
-        names.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            names += _all_keys(hint, f"{prefix}{name}.")
-    return names
-
-
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as type `hint`. PyYAML reads 3e-5 as text and `no` as False, hence by field type."""
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        options = typing.get_args(hint)
-        value = "none" if value is None and "none" in options else value
-        if value not in options:
-            raise OmniError(f"{where} must be one of {', '.join(options)}, not {_short(value)}")
-        return value
-    if origin is tuple:
-        inner = typing.get_args(hint)
-        if not isinstance(value, list | tuple) or len(value) != len(inner):
-            raise OmniError(f"{where} must be a list of {len(inner)} numbers, not {_short(value)}")
-        return tuple(_coerce(v, t, where) for v, t in zip(value, inner, strict=True))
-    if isinstance(hint, types.UnionType) or dataclasses.is_dataclass(hint):
-        raise OmniError(f"{where} must be a mapping of keys, not {_short(value)}")
-    if hint in (int, float) and isinstance(value, int | float | str) and type(value) is not bool:
-        number = _finite(value)
-        if number is not None and (hint is float or number == int(number)):
-            return value if type(value) is hint else hint(number)
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        return value
-    raise OmniError(f"{where} must be of type {hint.__name__}, not {_short(value)}")
-
-
-def _finite(value: int | float | str) -> float | None:
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

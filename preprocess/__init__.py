@@ -1,8 +1,17 @@
-"""Video to correspondences: see `prepare`.
+"""Preprocessing: from a video to the store of frames, masks, flow, evidence and landmarks.
 
-It is imported on first use, so that the flow network can be trained and judged on a machine
-without what reads and writes videos.
+`prepare` (in `preprocess.pipeline`) is all that the rest of `omni` uses; the fit reads the store
+that it leaves, never its objects. It is imported on first use, so that the flow network can be
+trained and evaluated on a machine without the libraries that read and write videos.
+
+May import `omni.errors`, `omni.config`, `omni.maths`, `omni.system`, `omni.video` and `omni.store`.
+`preprocess.training`, which trains the flow network, may import more of `omni`; see there.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preprocess.pipeline import prepare
 
 __all__ = ["prepare"]
 

@@ -1,4 +1,4 @@
-"""What preprocessing will cost, said before it starts; refusal when the disk is too small."""
+"""Cost of preprocessing, estimated before it starts; refusal when the disk is too small."""
 
 import io
 import math
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from omni.errors import OmniError
-from omni.threads import single_threaded_opencv
+from omni.system import single_threaded_opencv
 from preprocess.flow import FlowProvider
 from preprocess.parallel import worker_count
 
-__all__ = ["Estimate", "estimate_cost", "file_bytes", "fitting_workers", "require_space"]
+__all__ = ["Arrays", "Estimate", "estimate_cost", "file_bytes", "fitting_workers", "require_space"]
 
 _BASE_BYTES = 600 << 20  # interpreter with torch, OpenCV and a decoder
 _PIXEL_BYTES = 460  # working set of one refined DIS flow per pixel, measured at 480x854
@@ -35,7 +35,7 @@ class Estimate:
     def __str__(self) -> str:
         return f"{_size(self.disk)} on disk, {_size(self.memory)} of memory, {self._duration()}"
 
-    def _duration(self):
+    def _duration(self) -> str:
         if self.seconds < 90:
             return f"about {max(1, math.ceil(self.seconds))} s"
         if self.seconds < 5400:
@@ -58,7 +58,7 @@ def estimate_cost(
         video_size: (H, W) of the original.
         pairs: the schedule.
         arrays: everything that will be written.
-        provider: where flow comes from.
+        provider: the flow method.
     """
     far = np.count_nonzero(np.abs(pairs[:, 1] - pairs[:, 0]) > 1)
     began = time.perf_counter()
@@ -97,7 +97,7 @@ def file_bytes(arrays: Arrays) -> int:
 def require_space(folder: Path, arrays: Arrays) -> None:
     """Check that `arrays` still fit on the disk of the store `folder` (which need not exist).
 
-    Memory maps of a full disk kill the process without a word, hence the check beforehand.
+    Writing to a memory map on a full disk kills the process without a message, hence this check.
 
     Raises:
         OmniError: too little space is free.
@@ -116,5 +116,5 @@ def require_space(folder: Path, arrays: Arrays) -> None:
         )
 
 
-def _size(count):
+def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

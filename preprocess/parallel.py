@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from omni.store import Stage
-from omni.threads import single_threaded_opencv
+from omni.system import Stage, single_threaded_opencv
 
 __all__ = ["progress_bar", "run_items", "worker_count"]
 
@@ -40,6 +39,14 @@ def run_items(
 
     Within a level the order is free; a level starts when the one before it is finished. A group
     with an unfinished item is done again as a whole: rounding may depend on its composition.
+
+    Args:
+        stage: of which the items are.
+        levels: item numbers.
+        work: writes the given items to the stage's arrays, on any thread.
+        workers: number of threads.
+        bar: advanced by one per finished item.
+        batch: items per group.
     """
     pool = ThreadPoolExecutor(workers)
     flushed = time.monotonic()

@@ -1,12 +1,12 @@
-"""Fit what omni believes about errors, on generated clips with exact truth.
+"""Calibrate error models of flows and chains on generated clips with exact ground truth.
 
     python scripts/calibrate.py --work runs/calibration
 
-Writes `preprocess/sigma.json` (how large a flow's error is, by gap) and `omni/calibration.json`
-(how cues of chains become visibility, trust and sigma). Never looks at the evaluation clips. Each
-scene of `omni.synthetic` is rendered and preprocessed; flows and chains are then compared with the
-truth. `scripts/train_consensus.py` does the same for the read-out of a fit, and comes after it.
-Flow of another provider, leaving the rest as it is:
+Writes `preprocess/evidence/sigma.json` (standard deviations of flows by gap) and
+`omni/tracking/calibration.json` (models of visibility, trust and sigma from the cues of chains).
+The evaluation clips are not used. Each scene of `omni.synthetic` is rendered and preprocessed;
+flows and chains are then compared with the ground truth. `scripts/train_selection.py` does the same
+for the read-out of a fit, and is run after it. Flow of another provider, leaving the rest as it is:
 
     python scripts/calibrate.py --work runs/calibration-raft --set flow.provider=raft --sigma-only
 """
@@ -21,18 +21,16 @@ import torch
 from scipy.optimize import minimize
 
 from omni import run as runs
-from omni.confidence import CUES
 from omni.config import Config, load_config
-from omni.coords import inside
-from omni.links import Links
-from omni.readout import Reader
+from omni.maths import inside
 from omni.store import Store
 from omni.synthetic import SCENES, SyntheticClip, make_clip
-from preprocess import sigma as flow_sigma
-from preprocess.training.sensor import expose
+from omni.tracking import CUES, Links, Reader
+from preprocess.evidence import cycle_residuals, reload_sigma
+from preprocess.training import expose
 
 RANDOM = ["mixed", "walk", "desk"]
-"""scenes that are others for each seed, for `scripts/train_consensus.py`"""
+"""scenes that differ from seed to seed, for `scripts/train_selection.py`"""
 NAMED = [scene for scene in SCENES if scene not in RANDOM]
 SIZE = (256, 256)
 POINTS = 400
@@ -45,9 +43,13 @@ THRESHOLD = 0.22
 """least P(visible and within 6 px) of a point called visible. J / (1 + J) = 0.4 is best for AJ at
 J = 0.67; chains trade one point of AJ for one of OA"""
 QUANTILES = ((0.72, 1, 0.5), (0.94, 2, 1.0))
-"""share of errors to lie within so many sigma, and weight: errors have heavier tails than a
-Gaussian, whose shares would be 0.68 and 0.95"""
+"""share of errors that lie within a multiple of sigma, that multiple, and the weight of the
+quantile: errors have heavier tails than a Gaussian, whose shares would be 0.68 and 0.95"""
 LARGEST_ERROR = 200.0
+
+REPO = Path(__file__).resolve().parent.parent
+SIGMA_PATH = REPO / "preprocess" / "evidence" / "sigma.json"
+CALIBRATION_PATH = REPO / "omni" / "tracking" / "calibration.json"
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=36)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
-        "--sigma-only", action="store_true", help="write preprocess/sigma.json only"
+        "--sigma-only", action="store_true", help=f"write {SIGMA_PATH.relative_to(REPO)} only"
     )
     options = parser.parse_args()
     config = load_config("cpu", options.set)
@@ -75,22 +77,21 @@ def main() -> None:
         return
     fitted = fit([sample(folder, config) for folder in folders])
     result = {"made_by": made_by, "threshold": THRESHOLD, **fitted}
-    path = Path(__file__).parent.parent / "omni" / "calibration.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    CALIBRATION_PATH.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def prepare(
     folder: Path, scene: str, seed: int, frames: int, config: Config, filmed: bool = False
 ) -> None:
-    """Render a clip, note the truth about 512 queries of all frames, and compute its flows.
+    """Render a clip, save the ground truth of 512 queries in all frames, and compute its flows.
 
-    A filmed one is seen through a camera and a codec.
+    With `filmed` the effects of a camera and a codec are simulated.
     """
     truth, images = folder / "truth.npz", folder / "frames"
     if not truth.is_file():
         images.mkdir(parents=True, exist_ok=True)
         clip = make_clip(scene, frames, SIZE, seed)
-        for t, image in enumerate(photographs(clip.video, seed) if filmed else clip.video):
+        for t, image in enumerate(filmed_frames(clip.video, seed) if filmed else clip.video):
             iio.imwrite(images / f"{t:04d}.png", image)
         queries = clip.queries(512)
         tracks, visible = clip.track(queries)
@@ -98,15 +99,15 @@ def prepare(
     runs.preprocess_video(images, folder / "run", config)
 
 
-def photographs(video: np.ndarray, seed: int) -> np.ndarray:
-    """Frames (T, h, w, 3) uint8 as a camera and a codec would leave them."""
+def filmed_frames(video: np.ndarray, seed: int) -> np.ndarray:
+    """Frames (T, h, w, 3) uint8 with the effects of a camera and a codec."""
     images = torch.from_numpy(np.array(video)).permute(0, 3, 1, 2).float() / 255
-    taken = expose(list(images[:, None]), torch.Generator().manual_seed(seed))
-    return torch.cat(taken).permute(0, 2, 3, 1).contiguous().numpy()
+    filmed = expose(list(images[:, None]), torch.Generator().manual_seed(seed))
+    return torch.cat(filmed).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def write_sigma(folders: list[Path], clips: list[tuple[str, int]], made_by: str) -> None:
-    """Fit floor and slope of each gap, then the cycle residuals they leave; write them."""
+    """Fit floor and slope of each gap, then measure the cycle residuals; write all of them."""
     stores = [Store.open(folder / "run") for folder in folders]
     errors = [flow_errors(store, *clip) for store, clip in zip(stores, clips, strict=True)]
     joined = np.concatenate(errors)
@@ -116,19 +117,17 @@ def write_sigma(folders: list[Path], clips: list[tuple[str, int]], made_by: str)
         lines[gap] = [*line(chosen[:, 1], chosen[:, 2:]), 0.0]
     for gap in lines:
         residuals = [
-            flow_sigma.cycle_residuals(store, store.evidence, RELIABLE, gap, lines)
-            for store in stores
+            cycle_residuals(store, store.evidence, RELIABLE, gap, lines) for store in stores
         ]
         every = np.concatenate(residuals)
         lines[gap][2] = round(float(np.median(every)), 4) if len(every) else 0.0
     # Gap 1 has no cycles of its own.
     provider = stores[0].meta("flow")["provider"]
-    path = Path(flow_sigma.__file__).with_name("sigma.json")
-    table = json.loads(path.read_text()) if path.is_file() else {"providers": {}}
+    table = json.loads(SIGMA_PATH.read_text()) if SIGMA_PATH.is_file() else {"providers": {}}
     table["made_by"] = made_by
     table["providers"][provider] = lines
-    path.write_text(json.dumps(table, indent=1) + "\n")
-    flow_sigma.reload()
+    SIGMA_PATH.write_text(json.dumps(table, indent=1) + "\n")
+    reload_sigma()
 
 
 def flow_errors(store: Store, scene: str, seed: int) -> np.ndarray:
@@ -171,9 +170,9 @@ def sample(folder: Path, config: Config) -> tuple:
     """Cues, positions, truth and visibility of one clip."""
     with np.load(folder / "truth.npz", allow_pickle=False) as data:
         queries, tracks, visible = data["queries"], data["tracks"], data["visible"]
-    # With the new sigma: only what depends on it is done again.
-    store = runs.preprocess_video(folder / "frames", folder / "run", config)
-    return *Reader(store, None, 8192).evidence(queries), tracks, visible
+    # With the new sigma: only the stages that depend on it are computed again.
+    run = runs.preprocess_video(folder / "frames", folder / "run", config)
+    return *Reader(run.store, None, 8192).chain_cues(queries), tracks, visible
 
 
 def fit(parts: list[tuple]) -> dict[str, object]:
@@ -205,7 +204,7 @@ def logistic(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def log_sigma(values: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Log sigma, linear in the cues, by quantile regression of log |error| per axis.
 
-    Quantiles and not likelihood: the largest errors of lost points would rule the rest.
+    Quantiles and not likelihood: the largest errors of lost points would dominate the rest.
     """
     size = np.log(np.clip(np.abs(error), 1e-3, LARGEST_ERROR))
 

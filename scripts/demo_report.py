@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-from omni.baselines import baseline
-from omni.metrics import evaluate
+from omni.evaluation import baseline, evaluate, load_truth
 from omni.run import load
-from omni.truth import load_truth
 
 
 def main() -> None:

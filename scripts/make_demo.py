@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from omni.coords import grid_queries
 from omni.errors import OmniError
+from omni.maths import grid_queries
 from omni.synthetic import SCENES, SyntheticClip, make_clip
 from omni.video import write_video
 

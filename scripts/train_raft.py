@@ -2,15 +2,15 @@
 
     PYTHONPATH=. python scripts/train_raft.py runs/raft
 
-needs torch, torchvision, OpenCV, SciPy, TensorBoard, safetensors and PyYAML, nothing installed of
-ours, and takes a CUDA device if there is one. May be stopped at any moment; the same command
+needs torch, torchvision, OpenCV, SciPy, TensorBoard, safetensors and PyYAML, but no installation of
+`omni`, and uses a CUDA device if there is one. May be stopped at any moment; the same command
 continues. `tensorboard --logdir runs/raft` shows end-point errors on fixed validation sets.
 
-How long it will take, say 50 steps in another folder: the log ends with seconds per step.
+50 steps in another folder show how long it will take: the log ends with seconds per step.
 
     PYTHONPATH=. python scripts/train_raft.py runs/timing --steps 50 --validation 2
 
-Judging and embedding the weights: docs/model_card_raft.md.
+Evaluating and embedding the weights: docs/model_card_raft.md.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from omni.board import Board
 from omni.errors import OmniError
-from preprocess.training.raft_trainer import RaftTrainer, Recipe
+from omni.views import Board
+from preprocess.training import RaftTrainer, Recipe
 
 
 def main() -> None:

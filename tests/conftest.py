@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from omni.config import Config, ModelConfig, OptimConfig, SamplingConfig
-from omni.coords import pixel_centers
-from omni.store import Store, decode_flow, encode_flow, pack_evidence
-from omni.trainer import Trainer
-from preprocess.consistency import assess, gap_statistics
-from preprocess.pairs import schedule
+from omni.field import Trainer
+from omni.maths.coords import pixel_centers
+from omni.maths.quantisation import decode_flow, encode_flow, pack_evidence
+from omni.run import make_trainer
+from omni.store import Store
+from preprocess.evidence.consistency import assess, gap_statistics
+from preprocess.flow.pairs import schedule
 
 THRESHOLD = 1.5
 SIGMA = (0.25, 0.6)
@@ -157,9 +159,8 @@ def fitted(small_store, small_config, tmp_path_factory):
     """A finished fit of the small store, what it reported, and its held-out error at the start."""
     scalars, path = [], tmp_path_factory.mktemp("fitted") / "checkpoint.pt"
     device = torch.device("cpu")
-    trainer = Trainer(
-        small_store, small_config, path, device, lambda step, values: scalars.append((step, values))
-    )
+    trainer = make_trainer(small_store, small_config, path, device)
+    trainer.on_scalars = lambda step, values: scalars.append((step, values))
     before = trainer.evaluate()
     trainer.run()
     return Fitted(trainer, before, scalars)

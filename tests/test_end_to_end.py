@@ -82,7 +82,7 @@ def test_optimize_leaves_tracks_that_follow_the_known_motion(finished):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_left_alone_and_a_moved_one_still_answers(finished, clip):
+def test_a_finished_run_is_left_alone_and_a_moved_one_can_still_be_read(finished, clip):
     before = (finished / "checkpoint.pt").stat().st_mtime_ns
     assert command("optimize", clip, "-o", finished, *TINY).returncode == 0
     assert (finished / "checkpoint.pt").stat().st_mtime_ns == before
@@ -113,7 +113,7 @@ def test_fitted_float32_field_inverts_far_below_a_ten_thousandth_of_a_pixel(fini
 
 
 @pytest.mark.slow
-def test_export_answers_queries_grids_dense_and_fractional_times(finished, tmp_path):
+def test_export_writes_queries_grids_dense_and_fractional_times(finished, tmp_path):
     queries = tmp_path / "q.npz"
     np.savez(queries, query_points=np.array([[7, 50.0, 60.0], [3.5, 20.0, 30.0]]))
     out = tmp_path / "out.npz"
@@ -137,25 +137,25 @@ def test_board_serves_curves_pictures_and_an_animation(finished):
         port = probe.getsockname()[1]
     server = subprocess.Popen([*OMNI, "board", str(finished), "--port", str(port)])
     try:
-        scalars = ask(port, "scalars/tags")
+        scalars = fetch(port, "scalars/tags")
         names = {name for run in json.loads(scalars).values() for name in run}
         expected = {"loss/flow", "loss/photometric", "held_out/median", "lr/mapping"}
         assert expected <= names
-        images = json.loads(ask(port, "images/tags"))["."]
+        images = json.loads(fetch(port, "images/tags"))["."]
         assert {"field/reconstruction", "field/depth", "field/flow"} <= set(images)
         query = urllib.parse.urlencode({"run": ".", "tag": "tracks/animation", "sample": 0})
-        listing = json.loads(ask(port, f"images/images?{query}"))
+        listing = json.loads(fetch(port, f"images/images?{query}"))
         key = urllib.parse.urlencode({"blob_key": listing[0]["query"].split("blob_key=")[1]})
-        animation = Image.open(BytesIO(ask(port, f"images/individualImage?{key}")))
+        animation = Image.open(BytesIO(fetch(port, f"images/individualImage?{key}")))
         assert animation.n_frames > 1
-        texts = json.loads(ask(port, "text/tags"))["."]
+        texts = json.loads(fetch(port, "text/tags"))["."]
         assert any("config" in name for name in texts)
     finally:
         server.terminate()
         server.wait(20)
 
 
-def ask(port, what):
+def fetch(port, what):
     """GET from TensorBoard's HTTP interface, waiting until the server is up."""
     url = f"http://127.0.0.1:{port}/data/plugin/{what}"
     for _ in range(150):
@@ -166,7 +166,7 @@ def ask(port, what):
         except (urllib.error.URLError, ConnectionError):
             pass
         time.sleep(0.2)
-    raise AssertionError(f"no answer from {url}")
+    raise AssertionError(f"no response from {url}")
 
 
 def text_named_mp4(folder):
@@ -202,7 +202,7 @@ def mask_of_another_size(folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "reason"),
     [
         (lambda folder: [folder / "missing.mp4"], "missing.mp4"),
         (text_named_mp4, "video.mp4"),
@@ -215,7 +215,7 @@ def mask_of_another_size(folder):
         (lambda folder: [*two_sizes(folder), "-o", "/proc/omni"], "/proc/omni"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_exit_code_2(make, says, tmp_path):
+def test_bad_input_gets_one_sentence_and_exit_code_2(make, reason, tmp_path):
     arguments = make(tmp_path)
     if "-o" not in arguments:
         arguments += ["-o", tmp_path / "run"]
@@ -223,7 +223,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(make, says, tmp_path):
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2
     assert len(lines) == 1 and lines[0].startswith("omni: ")
-    assert says in lines[0]
+    assert reason in lines[0]
     assert not (tmp_path / "run" / "store").exists()
 
 

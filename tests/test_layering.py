@@ -1,4 +1,4 @@
-"""Imports run one way. The table is docs/architecture.md's; a new module needs a line in it."""
+"""Imports run one way. ORDER is docs/architecture.md's; a new package needs a line in both."""
 
 import ast
 import os
@@ -10,127 +10,147 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
-LEVELS = [
-    "errors config coords schedules splines textures surfaces scenes",  # nothing but numbers
-    "memory threads signals files lock decoding images video store tracks links camera appearance"
-    " landmarks integration smoothing",  # files
-    "networks bijection canonical rendering",  # tensors
-    "model",
-    "losses sampling initialize",
-    "checkpoint trainer",
-    "baselines confidence fusion witnesses consensus readout dense report truth metrics overlay viz"
-    " board summaries synthetic",  # results
-    "run doctor cli",
+ORDER = [
+    "omni.errors",
+    "omni.maths",
+    "omni.system",
+    "omni.config",
+    "omni.video",
+    "omni.synthetic",
+    "omni.store",
+    "preprocess.parallel",
+    "preprocess.flow",
+    "preprocess.evidence",
+    "preprocess.estimate",
+    "preprocess.pipeline",
+    "omni.field",
+    "omni.tracking",
+    "omni.evaluation",
+    "omni.views",
+    "omni.run",
+    "omni.cli",
 ]
-ORDER = " ".join(LEVELS).split()
-TENSORS = LEVELS[2].split()
-CONTRACT = {"config", "coords", "errors", "memory", "store", "threads", "video"}
-"""All that `preprocess` may know of `omni`: the store is the only road between the two."""
+"""A package or module may import from those before it in this list."""
+
+CONTRACT = {"errors", "maths", "system", "config", "video", "store"}
+"""All of `omni` that `preprocess` may import: the store is the only contract between the two."""
+
+MODEL_MAY_USE = {"omni.maths", "omni.config"}
 
 
-def modules(package):
-    return sorted(p.stem for p in (REPO / package).glob("*.py") if p.stem != "__init__")
+def sources(folder):
+    return sorted(path for path in (REPO / folder).rglob("*.py"))
 
 
-def imports(package, name):
-    """(package, module, lazy) of every import of ours, and the names of all other packages."""
-    tree = ast.parse((REPO / package / f"{name}.py").read_text(encoding="utf-8"))
-    top, ours, others = set(tree.body), set(), set()
-    for node in ast.walk(tree):
+MODULES = [path for folder in ("omni", "preprocess") for path in sources(folder)]
+
+
+def name_of(path):
+    """Dotted name of a module or package."""
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path) for path in MODULES}
+PACKAGES = {name_of(path) for path in MODULES if path.name == "__init__.py"}
+
+
+def place_of(name):
+    """The entry of ORDER that a module belongs to."""
+    return ".".join(name.split(".")[:2])
+
+
+def package_of(path):
+    return ".".join(path.relative_to(REPO).parts[:-1])
+
+
+def imports(path):
+    """Modules of ours that a file imports anywhere in it, lazily too, and the other packages."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{package}/{name}.py: imports are absolute"
-            targets = [node.module]
-            if node.module in ("omni", "preprocess"):
-                targets = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert node.level == 0, f"{path}: imports are absolute"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if name in NAMES else node.module for name in inside]
         else:
             continue
-        for target in targets:
-            head, _, rest = target.partition(".")
-            if head in ("omni", "preprocess"):
-                ours.add((head, rest.split(".")[0], node not in top))
-            else:
-                others.add(head)
-    return ours, others
+        for name in found:
+            (ours if name.split(".")[0] in ("omni", "preprocess") else others).add(name)
+    return ours - {"omni", "preprocess"}, {name.split(".")[0] for name in others}
 
 
-def omni_imports(name):
-    return {module for package, module, _ in imports("omni", name)[0] if package == "omni"}
+def known(path):
+    """Places that a file imports from, without its own."""
+    return {place_of(name) for name in imports(path)[0]} - {place_of(name_of(path))}
 
 
-def reachable(name):
-    seen, pending = set(), [name]
-    while pending:
-        for module in omni_imports(pending.pop()) - seen:
-            seen.add(module)
-            pending.append(module)
-    return seen
+def test_everything_has_its_place_in_the_order():
+    places = {place_of(name) for name in NAMES if "." in name}
+    assert places == {*ORDER, "preprocess.training"}
 
 
-def test_every_module_has_a_level():
-    missing = set(modules("omni")) - set(ORDER)
-    assert not missing, f"give {sorted(missing)} a place in LEVELS and in docs/architecture.md"
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_only_from_places_above_its_own(path):
+    place = place_of(name_of(path))
+    if place in ("omni", "preprocess", "preprocess.training"):
+        return  # each has a test of its own
+    allowed = set(ORDER[: ORDER.index(place)])
+    assert known(path) <= allowed
 
 
-@pytest.mark.parametrize("name", modules("omni"))
-def test_a_module_imports_only_lower_levels_and_its_left_neighbours(name):
-    allowed = set(ORDER[: ORDER.index(name)])
-    wrong = omni_imports(name) - allowed
-    assert not wrong, f"omni/{name}.py imports {sorted(wrong)}"
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_of_another_package_is_imported_through_that_package(path):
+    own = package_of(path)
+    for name in imports(path)[0]:
+        package = name if name in PACKAGES else name.rpartition(".")[0]
+        inside = f"{own}.".startswith(f"{package}.") or package in ("omni", "preprocess")
+        direct = package.rpartition(".")[0] in (own, "omni", "preprocess")
+        sub = package in ("preprocess.flow.raft", "preprocess.training")
+        assert inside or (name in PACKAGES and (direct or sub)), f"{name_of(path)} imports {name}"
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_the_networks_know_no_path_config_or_store(name):
-    assert omni_imports(name) <= {"splines", *TENSORS}
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks"])
+def test_scripts_and_benchmarks_import_packages_not_their_modules(folder):
+    for path in sources(folder):
+        for name in imports(path)[0] - {"omni.field.model.field"}:  # the ablation replaces a class
+            assert name in PACKAGES or name.count(".") == 1, f"{path.name} imports {name}"
+
+
+def test_a_package_offers_what_its_all_says():
+    for name in sorted(PACKAGES - {"preprocess"}):
+        package = __import__(name, fromlist=["__all__"])
+        assert package.__doc__ and all(hasattr(package, one) for one in package.__all__), name
+
+
+@pytest.mark.parametrize("path", sources("omni/field/model"), ids=name_of)
+def test_the_networks_import_no_path_and_no_store(path):
+    assert known(path) <= MODEL_MAY_USE
     standard = {"importlib", "logging", "math", "collections", "dataclasses", "typing"}
-    assert imports("omni", name)[1] <= {"torch", "tinycudann", *standard}
+    assert imports(path)[1] <= {"torch", "tinycudann", *standard}
 
 
-def test_reading_tracks_needs_nothing_of_the_training():
-    assert not reachable("readout") & {"trainer", "sampling", "losses", "initialize", "checkpoint"}
+@pytest.mark.parametrize("path", sources("preprocess"), ids=name_of)
+def test_preprocess_meets_omni_only_at_the_contract(path):
+    if place_of(name_of(path)) == "preprocess.training":
+        return
+    assert {p.split(".")[1] for p in known(path) if p.startswith("omni.")} <= CONTRACT
 
 
-@pytest.mark.parametrize("name", modules("preprocess"))
-def test_preprocess_meets_omni_only_at_the_contract(name):
-    ours, _ = imports("preprocess", name)
-    assert {module for package, module, _ in ours if package == "omni"} <= CONTRACT
+def test_training_of_the_flow_network_imports_nothing_of_tracks_and_nothing_imports_it():
+    for path in MODULES:
+        if place_of(name_of(path)) == "preprocess.training":
+            assert not known(path) & {*ORDER[ORDER.index("omni.tracking") :]}
+        else:
+            assert "preprocess.training" not in known(path), name_of(path)
 
 
-def test_omni_reaches_preprocess_only_from_run_and_lazily():
-    found = {
-        (name, lazy)
-        for name in [*modules("omni"), "__init__"]
-        for package, _, lazy in imports("omni", name)[0]
-        if package == "preprocess"
-    }
-    assert found == {("run", True)}
-
-
-def test_training_of_the_flow_network_is_a_room_of_its_own():
-    """It knows the network and numbers; nothing that is used without training knows it."""
-    known = {
-        target[:2]
-        for name in modules("preprocess/training")
-        for target in imports("preprocess/training", name)[0]
-        if target[:2] != ("preprocess", "training")
-    }
-    assert known == {("preprocess", "network")} | {
-        ("omni", name)
-        for name in ("checkpoint", "coords", "errors", "signals", "store", "textures")
-    }
-    for package in ("omni", "preprocess"):
-        for name in modules(package):
-            used = {target[:2] for target in imports(package, name)[0]}
-            assert ("preprocess", "training") not in used, name
-
-
-def test_nothing_imports_the_command_line():
-    everyone = [("omni", n) for n in modules("omni")] + [
-        ("preprocess", n) for n in modules("preprocess")
-    ]
-    users = [who for who in everyone if ("omni", "cli") in {i[:2] for i in imports(*who)[0]}]
-    assert users == []
+def test_the_tree_of_the_tests_is_that_of_the_code():
+    for folder in ("omni", "preprocess"):
+        places = {p.parent.relative_to(REPO / "tests") for p in sources(f"tests/{folder}")}
+        missing = [place for place in places if not (REPO / place / "__init__.py").is_file()]
+        assert not missing
 
 
 @pytest.mark.parametrize(
@@ -156,7 +176,7 @@ def test_importing_omni_and_asking_for_help_load_no_torch(code):
 
 
 @pytest.mark.slow
-def test_the_flow_network_is_trained_and_judged_without_what_reads_videos():
+def test_the_flow_network_is_trained_and_evaluated_without_what_reads_videos():
     """A GPU machine may have torch, OpenCV and little else, and nothing is installed there."""
     code = (
         "import runpy, sys\n"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from preprocess.training.scenes import draw_scenes
+from preprocess.training.random_scenes import draw_scenes
 from preprocess.training.sensor import expose
 from preprocess.training.textures import TextureBank
 
@@ -20,8 +20,8 @@ class FlowPairs:
     """B pairs of images.
 
     first, second: (B, 3, H, W) uint8 RGB.
-    flow: (B, 2, H, W) float32 pixels, first to second, also where the target is hidden.
-    visible: (B, H, W) bool, the target is in the frame and hidden by nothing.
+    flow: (B, 2, H, W) float32 pixels, first to second, also where the target is occluded.
+    visible: (B, H, W) bool, the target is in the frame and not occluded.
     valid: (B, H, W) bool, the flow is defined.
     """
 
@@ -70,18 +70,20 @@ class PairSource:
         gaps = [float(gap or GAPS[(index + k) % len(GAPS)]) for k in scenes]
         seeds = [(self.seed, index, k) for k in scenes]
         drawn = draw_scenes(seeds, self.size, self.bank, gaps, self.surfaces, self.device)
-        times = torch.zeros(len(gaps)), torch.tensor(gaps)
-        times = [time.to(self.device) for time in times]
+        start = torch.zeros(len(gaps)).to(self.device)
+        end = torch.tensor(gaps).to(self.device)
         generator = torch.Generator(self.device).manual_seed(_mix(self.seed, index))
-        images = expose([drawn.render(time, self.bank, self.samples) for time in times], generator)
-        both = zip(drawn.flow(*times), drawn.flow(*times[::-1]), strict=True)
+        images = expose(
+            [drawn.render(time, self.bank, self.samples) for time in (start, end)], generator
+        )
+        both = zip(drawn.flow(start, end), drawn.flow(end, start), strict=True)
         flow, visible, valid = (torch.cat(pair)[:count] for pair in both)
         first, second = (torch.cat(pair)[:count] for pair in (images, images[::-1]))
         return FlowPairs(first, second, flow.movedim(-1, 1), visible, valid)
 
 
 def _mix(seed: int, index: int) -> int:
-    """One number of two, different in all bits."""
+    """One 63-bit number of two; neighbours differ in about half of its bits."""
     mixed = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + 1) & (2**64 - 1)
     mixed = (mixed ^ (mixed >> 30)) * 0x94D049BB133111EB & (2**64 - 1)
     return (mixed ^ (mixed >> 31)) >> 1

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.errors import OmniError
-from omni.signals import Interrupted, stop_signals
-from omni.store import write_atomic
-from preprocess.network import SMALLEST_SIDE, FlowNetwork, Prediction
+from omni.field import load_checkpoint, save_checkpoint
+from omni.system import Interrupted, stop_signals, write_atomic
+from preprocess.flow.raft import SMALLEST_SIDE, FlowNetwork, Prediction
 from preprocess.training.pairs import FlowPairs, PairSource
 
 __all__ = ["VALIDATION", "RaftTrainer", "Recipe", "flow_loss", "head_losses"]
@@ -32,14 +31,14 @@ DISCOUNT = 0.8
 LONGEST = 400.0
 """Pixels; longer flow is not trained on (RAFT)."""
 HUBER = 4.0
-"""Pixels of error beyond which sigma no longer chases an outlier."""
+"""Pixels of error beyond which the loss of sigma is linear, so that outliers weigh less."""
 VALIDATION = {"gap1": 1, "gap4": 4, "gap16": 16}
 """Fixed validation sets by name: frames between the two images."""
 _VALIDATION_SEED, _VALIDATION_UPDATES = 2**31 - 1, 20
 _LOG_EVERY = 20  # steps
 
 Report = Callable[[int, dict[str, float]], None]
-"""Called with a step and what is known of it: name to value."""
+"""Called with a step and its values by name."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Recipe:
     """pairs of each validation set, rounded up to an even number"""
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "updates": 1, "textures": 1, "samples": 1, "validation": 1}
         for name, bound in (least | {"surfaces": 4, "seed": 0}).items():
             if getattr(self, name) < bound:
@@ -89,7 +88,12 @@ class Recipe:
 def flow_loss(flows: list[Tensor], pairs: FlowPairs) -> Tensor:
     """Mean absolute error of every update's flow (B, 2, H, W), later ones weighing more.
 
-    Pixels whose target is hidden count like all others: generated flow is exact there, too.
+    Pixels whose target is occluded count like all others: generated flow is exact there, too.
+
+    Args:
+        flows: of every recurrent update, in order.
+        pairs: ground truth.
+
     Source: RAFT, equation 7.
     """
     counted = _counted(pairs)
@@ -104,10 +108,11 @@ def flow_loss(flows: list[Tensor], pairs: FlowPairs) -> Tensor:
 def head_losses(prediction: Prediction, pairs: FlowPairs) -> tuple[Tensor, Tensor]:
     """Losses of the two heads: occlusion and log-variance `u`.
 
-    Occlusion: cross-entropy where the target lies inside the frame; whether it does, flow says.
+    Occlusion: cross-entropy where the target lies inside the frame, which follows from the flow.
     Log-variance: `e^-u Huber(error) + u` on visible pixels. MFT has `u / 2`, which makes sigma the
     length of the error; ours is its standard deviation per axis, as everywhere in omni.
     """
+    assert prediction.occlusion is not None and prediction.log_variance is not None
     inside = _counted(pairs) & _target_inside(pairs)
     hidden = (~pairs.visible).float()
     occlusion = F.binary_cross_entropy_with_logits(prediction.occlusion, hidden, reduction="none")
@@ -119,13 +124,13 @@ def head_losses(prediction: Prediction, pairs: FlowPairs) -> tuple[Tensor, Tenso
 
 
 class RaftTrainer:
-    """Trains one network; what it wrote to `folder` is continued, to the same result on a CPU.
+    """Trains one network; a run in `folder` is continued, on a CPU to the same result.
 
     Leaves `checkpoint.pt` and `weights.safetensors` (half precision).
 
     Args:
-        recipe: what to train.
-        folder: where to save, and what to continue.
+        recipe: network, data and schedule.
+        folder: of the checkpoint, which is continued if there is one.
         device: where pairs are generated and the network lives.
 
     Raises:
@@ -142,8 +147,12 @@ class RaftTrainer:
         self.step = 0
         self._stop_signal: int | None = None
         self._resume()  # before the textures, which take a while
-        look = recipe.surfaces, recipe.samples
-        self.source = PairSource(recipe.size, recipe.textures, recipe.seed, self.device, *look)
+        self.source = self._pair_source(recipe.textures, recipe.seed)
+
+    def _pair_source(self, textures: int, seed: int) -> PairSource:
+        recipe = self.recipe
+        shown = recipe.surfaces, recipe.samples
+        return PairSource(recipe.size, textures, seed, self.device, *shown)
 
     def run(
         self,
@@ -154,7 +163,7 @@ class RaftTrainer:
         """Train to the end.
 
         Args:
-            report: told the losses every 20 steps, and at every validation its scores and
+            report: called with the losses every 20 steps, and at every validation its scores and
                 `seconds_per_step`, the median of the training steps since the last one.
             validate_every: steps between validations; there is one before and after all, too.
             save_seconds: between checkpoints; every validation has one, too.
@@ -163,7 +172,8 @@ class RaftTrainer:
             Interrupted: on a stop signal, after saving.
             OmniError: the folder cannot be written.
         """
-        steps, saved, seconds = self.recipe.steps, time.monotonic(), []
+        steps, saved = self.recipe.steps, time.monotonic()
+        seconds: list[float] = []
         bar = tqdm(total=steps, initial=self.step, desc="train", unit="step", disable=None)
         with stop_signals(self._note_signal), bar:
             if self.step == 0:
@@ -179,12 +189,13 @@ class RaftTrainer:
                 if validating:
                     self._validate(bar, report, seconds)
                     seconds.clear()
-                stopping = self._stop_signal is not None
+                stop_signal = self._stop_signal
+                stopping = stop_signal is not None
                 if validating or stopping or time.monotonic() - saved > save_seconds:
                     self.save()
                     saved = time.monotonic()
-                if stopping:
-                    raise Interrupted(self._stop_signal)
+                if stop_signal is not None:
+                    raise Interrupted(stop_signal)
 
     def _note_signal(self, number: int, frame: object) -> None:
         """Stop after the current step."""
@@ -202,6 +213,7 @@ class RaftTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         # Each on its own: the heads must not shorten the steps of the flow.
+        assert self.network.heads is not None
         flow_norm, heads_norm = (
             torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             for part in (self.network.raft, self.network.heads)
@@ -218,9 +230,8 @@ class RaftTrainer:
         return {f"loss/{n}": value.detach() for n, value in losses.items()} | {"rate": rate}
 
     @cached_property
-    def _judges(self) -> PairSource:
-        look = self.recipe.surfaces, self.recipe.samples
-        return PairSource(self.recipe.size, 20, _VALIDATION_SEED, self.device, *look)
+    def _validation_source(self) -> PairSource:
+        return self._pair_source(20, _VALIDATION_SEED)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -230,19 +241,19 @@ class RaftTrainer:
         for name, gap in VALIDATION.items():
             sums = torch.zeros(7, dtype=torch.float64)
             for index in range((self.recipe.validation + 1) // 2):
-                pairs = self._judges.batch(index, 2, gap)
+                pairs = self._validation_source.batch(index, 2, gap)
                 sums += _sums(self._predict(pairs, _VALIDATION_UPDATES), pairs).cpu()
-            error, count, seen, visible, right, inside, within = sums.tolist()
+            error, count, visible_error, visible, correct, inside, within = sums.tolist()
             scores[f"epe/{name}"] = error / max(count, 1)
-            scores[f"epe_visible/{name}"] = seen / max(visible, 1)
-            scores[f"occlusion_accuracy/{name}"] = right / max(inside, 1)
+            scores[f"epe_visible/{name}"] = visible_error / max(visible, 1)
+            scores[f"occlusion_accuracy/{name}"] = correct / max(inside, 1)
             scores[f"within_1_sigma/{name}"] = within / max(2 * visible, 1)
         return scores
 
     def save(self) -> None:
         """Write the weights and the checkpoint, each atomically.
 
-        In this order: a finished checkpoint says that nothing is left to do.
+        In this order: where the checkpoint is finished, so are the weights.
 
         Raises:
             OmniError: the folder cannot be written.
@@ -302,11 +313,12 @@ class RaftTrainer:
 
 
 def _counted(pairs: FlowPairs) -> Tensor:
+    """(B, H, W) bool: the pixels that are trained and validated on."""
     return pairs.valid & (pairs.flow.norm(dim=1) < LONGEST)
 
 
 def _target_inside(pairs: FlowPairs) -> Tensor:
-    """(B, H, W) bool: the target lies in the frame, hidden or not."""
+    """(B, H, W) bool: the target lies in the frame, occluded or not."""
     height, width = pairs.flow.shape[-2:]
     x = pairs.flow[:, 0] + torch.arange(width, device=pairs.flow.device) + 0.5
     y = pairs.flow[:, 1] + torch.arange(height, device=pairs.flow.device)[:, None] + 0.5
@@ -314,23 +326,25 @@ def _target_inside(pairs: FlowPairs) -> Tensor:
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of `values` (B, H, W) over `where` (B, H, W) bool, 0 over none."""
     return (values * where).sum() / where.sum().clamp(min=1)
 
 
 def _sums(prediction: Prediction, pairs: FlowPairs) -> Tensor:
-    """What validation adds up; see `RaftTrainer.validate`."""
+    """(7,) float64 sums over pixels, in the order in which `RaftTrainer.validate` unpacks them."""
+    assert prediction.occlusion is not None and prediction.log_variance is not None
     counted = _counted(pairs)
     visible, inside = counted & pairs.visible, counted & _target_inside(pairs)
     difference = prediction.flows[-1] - pairs.flow
     error = difference.norm(dim=1)
-    right = (prediction.occlusion > 0) == ~pairs.visible
+    correct = (prediction.occlusion > 0) == ~pairs.visible
     within = difference.abs() < torch.exp(prediction.log_variance / 2)[:, None]
     parts = [
         (error * counted).sum(),
         counted.sum(),
         (error * visible).sum(),
         visible.sum(),
-        (right & inside).sum(),
+        (correct & inside).sum(),
         inside.sum(),
         (within & visible[:, None]).sum(),
     ]
@@ -342,6 +356,7 @@ def _one_cycle(fraction: float) -> float:
     return min(fraction / 0.05 + 0.01, (1 - fraction) / 0.95, 1.0)
 
 
-def _plain(recipe: Recipe) -> dict:
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON and checkpoints keep it."""
     values = asdict(recipe)
     return values | {"size": list(values["size"])}

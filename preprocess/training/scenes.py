@@ -1,8 +1,8 @@
-"""Random scenes of textured planes, of which flow and occlusion between any two times are exact.
+"""Scenes of textured planes, of which flow and occlusion between any two times are exact.
 
 A surface is a plane in space with a chart `u`: the camera maps it by one 3x3 matrix,
 `(x z, y z, z) = M_t (u, v, 1)`, so that layers under affine motion and tilted planes under
-perspective are the same thing. What is painted at `u` is decided by its material point
+perspective are the same thing. The colour at `u` is that of its material point
 `m = u + d_t(u)`, where `d_t` is a small smooth deformation: non-rigid motion costs rendering
 nothing, and flow only a fixed point. Outlines and textures are functions of `m` and move with it.
 
@@ -10,34 +10,29 @@ Letters: B scenes, L surfaces, N points, W waves. Raster pixels; time is in fram
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.coords import inside, pixel_centers
+from omni.maths import inside, pixel_centers
 from preprocess.training.textures import TextureBank
 
-__all__ = ["Hits", "Scenes", "draw_scenes"]
+__all__ = ["STEEPEST", "WAVES", "Hits", "Scenes", "rotations"]
 
 WAVES = 2
+"""Sine waves of the deformation of a surface."""
 STEEPEST = 0.3
 """Lipschitz bound of a deformation: far enough below 1 for its inverse to be a fixed point."""
 FIXED_POINTS = 14  # 0.3^14 of a chart unit is below a millionth of a pixel
-WALL, BACKDROP = 8.0, 60.0
-"""Depths of the wall and of what is behind everything."""
-EMPTY, EVERYWHERE = -1e3, 1e6
-"""Outline levels of surfaces that cover nothing or all of their plane."""
 NEAREST = 0.05  # depth from which on a point counts as in front of the camera
 RIM = 1e-5  # relative depth by which an occluder must be nearer
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What rays through N points of each of B scenes meet first.
+    """First intersections of rays through N points of each of B scenes.
 
     surface: (B, N) int64. material: (B, N, 2). inverse_depth: (B, N).
     footprint: (B, N) width of a pixel in chart units.
@@ -99,18 +94,18 @@ class Scenes:
         """(B, L, 3, 3) chart to homogeneous pixels (x z, y z, z) at `time` (B,)."""
         t = time[:, None, None]
         eye = torch.eye(2, device=time.device)
-        basis = _rotation(self.turn * t) @ self.basis @ (eye + self.stretch * t[..., None])
+        basis = rotations(self.turn * t) @ self.basis @ (eye + self.stretch * t[..., None])
         origin = self.origin + (self.velocity - self.camera_velocity[:, None]) * t
         plane = torch.cat([basis, origin[..., None]], dim=-1)
         camera = torch.zeros(len(time), 3, 3, device=time.device)
         camera[:, 0, 0] = camera[:, 1, 1] = self.focal
         camera[:, 0, 2], camera[:, 1, 2] = self.size[1] / 2, self.size[0] / 2
         camera[:, 2, 2] = 1
-        view = camera @ _rotation(self.camera_turn * time[:, None]).mT
+        view = camera @ rotations(self.camera_turn * time[:, None]).mT
         return view[:, None] @ plane
 
     def cast(self, xy: Tensor, time: Tensor) -> Hits:
-        """What is seen at raster points `xy` (B or 1, N, 2) at `time` (B,)."""
+        """First hits of the rays through raster points `xy` (B or 1, N, 2) at `time` (B,)."""
         inverse, singular = torch.linalg.inv_ex(self.matrices(time))
         ray = F.pad(xy, (0, 1), value=1.0)[:, None].mT
         u, v, w = (inverse @ ray).unbind(-2)  # w = 1 / depth
@@ -136,11 +131,11 @@ class Scenes:
         return xy, depth
 
     def flow(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact motion of what each pixel centre sees, between two times (B,).
+        """Exact motion of the point behind each pixel centre, between two times (B,).
 
         Returns:
             flow (B, H, W, 2) in pixels; visible (B, H, W) bool, the point is in the target frame
-            and hidden by nothing; valid (B, H, W) bool, it is in front of the camera there.
+            and not occluded; valid (B, H, W) bool, it is in front of the camera there.
         """
         centers = self.centers
         hits = self.cast(centers, source)
@@ -154,7 +149,7 @@ class Scenes:
         return flow, visible.reshape(shape), valid.reshape(shape)
 
     def labels(self, time: Tensor) -> Tensor:
-        """(B, H, W) int64: which surface each pixel centre sees."""
+        """(B, H, W) int64: the surface visible at each pixel centre."""
         return self.cast(self.centers, time).surface.reshape(len(time), *self.size)
 
     def render(self, time: Tensor, bank: TextureBank, samples: int = 4) -> Tensor:
@@ -162,21 +157,21 @@ class Scenes:
 
         Args:
             time: (B,) middle of the exposure.
-            bank: the textures that `textures` counts.
-            samples: points per pixel, spread over its area and the open shutter.
+            bank: the textures that `textures` indexes.
+            samples: points per pixel, distributed over its area and the open shutter.
         """
         image = torch.zeros(len(time), math.prod(self.size), 3, device=time.device)
         centers = self.centers
-        # What stands between each pixel and the lamp, once per image: that halves the work.
+        # What hides the lamp from each pixel, once per image: that halves the work.
         blocker = self.cast(centers + self.shadow[:, None, :2], time).inverse_depth
-        for k, offset in enumerate(_spread(samples).to(time.device)):
+        for k, offset in enumerate(_subpixel_offsets(samples).to(time.device)):
             moment = time + self.shutter * ((k + 0.5) / samples - 0.5)
             image += self._shade(centers + offset, moment, bank, blocker)
         image = (image / samples).clamp(0, 1)
         return image.reshape(len(time), *self.size, 3).movedim(-1, 1)
 
     def _shade(self, xy: Tensor, time: Tensor, bank: TextureBank, blocker: Tensor) -> Tensor:
-        """(B, N, 3) colours seen at points at a moment, behind a `blocker` (B, N) in shadow."""
+        """(B, N, 3) colours at points and a moment; in shadow behind a `blocker` (B, N)."""
         hits = self.cast(xy, time)
         color = _pick(self.tint, hits.surface)
         for layer in range(2):
@@ -212,140 +207,14 @@ class Scenes:
         return total
 
 
-def draw_scenes(
-    seeds: list[tuple[int, ...]],
-    size: tuple[int, int],
-    bank: TextureBank,
-    longest: Sequence[float],
-    surfaces: int = 9,
-    device: torch.device | str = "cpu",
-) -> Scenes:
-    """Random scenes; each depends on its own seed alone.
-
-    Args:
-        seeds: one per scene.
-        size: (H, W) of the frames.
-        bank: textures to choose from.
-        longest: frames over which each scene will be watched: bounds its motion per frame.
-        surfaces: L, at least 4: objects, a floor, a wall, a backdrop.
-        device: where the scenes live.
-    """
-    drawn = [
-        _draw(np.random.default_rng(seed), size, bank.count, surfaces, frames)
-        for seed, frames in zip(seeds, longest, strict=True)
-    ]
-    stacked = {}
-    for field in fields(Scenes)[1:]:
-        values = np.stack([scene[field.name] for scene in drawn])
-        kind = torch.int64 if field.name == "textures" else torch.float32
-        stacked[field.name] = torch.as_tensor(values, dtype=kind, device=device)
-    return Scenes(size, **stacked)
-
-
-def _draw(rng, size, textures, surfaces, longest):
-    """One scene as arrays. Motion is drawn in pixels per frame, then turned into world units."""
-    height, width = size
-    objects = surfaces - 3
-    focal = width * rng.uniform(0.8, 1.8)
-    flat = rng.random() < 0.35
-    speed = min(_log_uniform(rng, 0.3, 24) * width / 384, 0.4 * width / longest)
-
-    # Objects, then floor, wall, backdrop.
-    depth = np.r_[rng.uniform(2, 7, objects), 4.0, WALL, BACKDROP]
-    radius = np.r_[[_log_uniform(rng, 0.04, 0.4) * width for _ in range(objects)], [width / 2] * 3]
-    place = rng.uniform(-0.6, 0.6, (surfaces, 2)) * (width, height)
-    place[objects:] = 0
-    origin = np.c_[place / focal * depth[:, None], depth]
-    tilt = rng.normal(size=(surfaces, 3)) * (0, 0, 1.0) if flat else _tilts(rng, surfaces)
-    tilt[objects:] *= 0.4
-    tilt[-1] = 0
-    basis = _rotations(tilt)[:, :, :2] * (radius / focal * depth)[:, None, None]
-    has_floor = not flat and rng.random() < 0.6
-    if has_floor:
-        origin[objects] = (0, rng.uniform(0.7, 2.0), 4.0)
-        basis[objects] = np.array([[1, 0], [0, 0], [0, 1]]) * rng.uniform(1, 3)
-
-    own = speed * np.array([_log_uniform(rng, 0.1, 2.5) for _ in range(surfaces)])
-    own = np.minimum(own, 0.5 * width / longest) * (rng.random(surfaces) < 0.8)
-    own[objects:] = 0
-    heading = rng.normal(size=(surfaces, 3)) * (1, 1, 0.5)
-    heading /= np.linalg.norm(heading, axis=1, keepdims=True)
-    velocity = heading * (own / focal * depth)[:, None]
-    velocity[:, 2] = velocity[:, 2].clip(-0.5 / longest, None)
-    turn = rng.normal(size=(surfaces, 3)) * (own / radius * 0.4).clip(max=1.0 / longest)[:, None]
-    turn[:, :2] *= not flat
-    rate = (own / radius * 0.1).clip(max=0.25 / longest)
-    stretch = rng.normal(size=(surfaces, 2, 2)) * rate[:, None, None]
-
-    camera = speed * rng.choice([0.0, 0.3, 1.0], p=[0.2, 0.3, 0.5])
-    camera_velocity = rng.normal(size=3) * (1, 0.6, 0.6) * camera / focal * 3
-    camera_velocity[2] = np.clip(camera_velocity[2], -1 / longest, 1 / longest)
-    camera_turn = rng.normal(size=3) * (0.4, 0.4, 0.4 if flat else 0.25) * camera / focal
-
-    bending = rng.random(surfaces) < 0.5
-    bending[objects] = bending[-1] = False
-    wave_vector = rng.normal(size=(surfaces, WAVES, 2)) * 0.7
-    steepness = rng.dirichlet([1] * (WAVES + 1), surfaces)[:, :WAVES] * STEEPEST
-    length = 2 * np.pi * np.linalg.norm(wave_vector, axis=-1)
-    direction = rng.normal(size=(surfaces, WAVES, 2))
-    direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
-    amplitude = (steepness / length.clip(0.5) * bending[:, None])[..., None] * direction
-    wave_rate = rng.normal(size=(surfaces, WAVES)) * min(0.6, 0.08 * speed)
-
-    outline = np.stack([_outline(rng) for _ in range(surfaces)])
-    outline[rng.random(surfaces) < 0.15, 0] = EMPTY
-    outline[objects:] = [EVERYWHERE, 1, 0, 1, 0, 0, 1]
-    if not has_floor:
-        outline[objects, 0] = EMPTY
-
-    contrast = np.array([_log_uniform(rng, 0.25, 1.1) for _ in range(surfaces)])
-    contrast[rng.random(surfaces) < 0.12] = 0.03
-    fine = contrast * np.array([_log_uniform(rng, 0.02, 0.5) for _ in range(surfaces)])
-    mix = np.eye(3) + 0.2 * rng.normal(size=(surfaces, 2, 3, 3))
-    repeats = [[_log_uniform(rng, 0.15, 2), _log_uniform(rng, 0.5, 4)] for _ in range(surfaces)]
-    shadow = [*rng.normal(size=2) * 0.06 * width, rng.choice([0, rng.uniform(0.15, 0.6)])]
-    light_vector = rng.normal(size=2) * 4 / width
-    light = [rng.choice([0, rng.uniform(0, 0.3)]), *light_vector, rng.uniform(0, 6.3)]
-    return {
-        "focal": focal,
-        "camera_velocity": camera_velocity,
-        "camera_turn": camera_turn,
-        "origin": origin,
-        "velocity": velocity,
-        "basis": basis,
-        "turn": turn,
-        "stretch": stretch,
-        "wave_vector": wave_vector,
-        "wave_amplitude": amplitude,
-        "wave_phase": rng.uniform(0, 2 * np.pi, (surfaces, WAVES)),
-        "wave_rate": wave_rate,
-        "outline": outline,
-        "textures": rng.integers(0, textures, (surfaces, 2)),
-        "repeats": repeats,
-        "paint": mix * np.stack([contrast, fine], 1)[..., None, None],
-        "tint": rng.uniform(0.15, 0.85, (surfaces, 1)) + 0.12 * rng.normal(size=(surfaces, 3)),
-        "shutter": rng.choice([0, rng.uniform(0.2, 0.9)]),
-        "shadow": shadow,
-        "light": [*light, rng.normal() * 0.3],
-    }
-
-
-def _tilts(rng, count):
-    """Rotation vectors of surfaces: up to about 60 degrees off the image plane, any roll."""
-    return np.c_[rng.uniform(-1, 1, (count, 2)) * 0.75, rng.normal(size=count)]
-
-
-def _rotations(vectors):
-    return _rotation(torch.from_numpy(np.asarray(vectors, np.float64))).numpy()
-
-
-def _outline(rng):
-    """Parameters of `_covers` of one object: an irregular shape, sometimes cut into thin bars."""
-    aspect = np.exp(rng.normal() * 0.5)
-    ripple = rng.choice([0, rng.uniform(0.1, 0.6)])
-    bars, width = (rng.uniform(0.5, 3), rng.uniform(0.04, 0.3)) if rng.random() < 0.25 else (0, 1)
-    power = rng.choice([1.2, 2.0, 2.0, 4.0, 12.0])
-    return np.array([1.0, aspect, ripple, power, bars, rng.uniform(0, 6.3), width])
+def rotations(vectors: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) of rotation vectors (..., 3), by Rodrigues' formula."""
+    x, y, z = vectors.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*vectors.shape, 3)
+    turns = vectors.norm(dim=-1)[..., None, None] / math.pi  # torch's sinc has the pi inside
+    eye = torch.eye(3, dtype=vectors.dtype, device=vectors.device)
+    return eye + torch.sinc(turns) * cross + torch.sinc(turns / 2) ** 2 / 2 * cross @ cross
 
 
 def _covers(outline: Tensor, material: Tensor) -> Tensor:
@@ -362,27 +231,19 @@ def _covers(outline: Tensor, material: Tensor) -> Tensor:
     return (form <= level) & ((along - along.floor() - 0.5).abs() <= width / 2)
 
 
-def _rotation(vectors: Tensor) -> Tensor:
-    """Rotation matrices (..., 3, 3) of rotation vectors (..., 3), by Rodrigues' formula."""
-    x, y, z = vectors.unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*vectors.shape, 3)
-    turns = vectors.norm(dim=-1)[..., None, None] / math.pi  # torch's sinc has the pi inside
-    eye = torch.eye(3, dtype=vectors.dtype, device=vectors.device)
-    return eye + torch.sinc(turns) * cross + torch.sinc(turns / 2) ** 2 / 2 * cross @ cross
-
-
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Products (..., 3) of (..., 3, 3) and (..., 3); `matmul` is slow at millions so small."""
     pairs = zip(matrices.unbind(-1), vectors.split(1, -1), strict=True)
     return sum(column * factor for column, factor in pairs)
 
 
-def _spread(count: int) -> Tensor:
-    """(count, 2) points evenly over a pixel around its centre, in an order that goes nowhere.
+def _subpixel_offsets(count: int) -> Tensor:
+    """(count, 2) points evenly over a pixel around its centre, in an order without direction.
 
-    Taken one by one while the shutter is open, points in the order of x would sharpen or blur
-    what moves. Source: Roberts, The unreasonable effectiveness of quasirandom sequences (R2).
+    They are sampled one by one while the shutter is open; points in the order of x would sharpen
+    or blur what moves.
+
+    Source: Roberts, The unreasonable effectiveness of quasirandom sequences (R2).
     """
     points = torch.arange(count)[:, None] * torch.tensor([0.754878, 0.569840]) % 1
     return points - points.mean(0)
@@ -392,7 +253,3 @@ def _pick(values: Tensor, surface: Tensor) -> Tensor:
     """`values` (B, L, ...) of the surfaces (B, N): (B, N, ...)."""
     batch = torch.arange(len(surface), device=surface.device)[:, None]
     return values[batch, surface]
-
-
-def _log_uniform(rng, low, high):
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))

@@ -1,4 +1,4 @@
-"""What a camera and a codec do to an ideal picture: exposure, colour, defocus, noise, compression.
+"""Degradation of an ideal image by camera and codec: exposure, colour, defocus, noise, compression.
 
 Images are (B, 3, H, W) float in [0, 1]. Effects are drawn per scene, and again, more mildly, per
 image, so that the two images of a pair differ as neighbouring video frames do.
@@ -22,12 +22,12 @@ def expose(frames: list[Tensor], generator: torch.Generator) -> list[Tensor]:
 
     Args:
         frames: images at one or more times, each (B, 3, H, W).
-        generator: on the images' device; decides everything.
+        generator: on the images' device; the only source of randomness.
     """
     count, device = len(frames[0]), frames[0].device
 
-    def draw(spread: float, channels: int = 1) -> Tensor:
-        return spread * torch.randn(count, channels, 1, 1, generator=generator, device=device)
+    def draw(deviation: float, channels: int = 1) -> Tensor:
+        return deviation * torch.randn(count, channels, 1, 1, generator=generator, device=device)
 
     def chance(share: float) -> Tensor:
         return torch.rand(count, 1, 1, 1, generator=generator, device=device) < share

@@ -1,7 +1,7 @@
 """A bank of procedural textures on the training device, looked up at random places at once.
 
 Natural photographs would help, but no dependency ships any: so noise with natural spectra, dead
-leaves (whose edge statistics are those of photographs), and the patterns of `omni.textures`.
+leaves (whose edge statistics are those of photographs), and the patterns of `omni.synthetic`.
 """
 
 import cv2
@@ -9,8 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni import textures
-from omni.textures import SIDE, Texture
+from omni.synthetic import (
+    SIDE,
+    Texture,
+    blobs,
+    bricks,
+    noise,
+    planks,
+    plaster,
+    stones,
+    stripes,
+)
 
 __all__ = ["TextureBank", "leaves"]
 
@@ -66,10 +75,10 @@ def leaves(rng: np.random.Generator, count: int = 1200) -> Texture:
     Source: Lee, Mumford and Huang, Occlusion Models for Natural Images, IJCV 2001; used to train
     vision networks by Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021.
     """
-    image = rng.random(3) + 0.1 * textures.noise(rng, [(0, 0, 0), (1, 1, 1)]).levels[0]
+    image = rng.random(3) + 0.1 * noise(rng, [(0, 0, 0), (1, 1, 1)]).levels[0]
     image = _eight_bit(image.clip(0, 1))  # OpenCV smooths outlines on 8 bits alone
     radii = np.sort(SIDE * 0.006 / (rng.random(count) + 2e-3) ** 0.6)[::-1].clip(max=SIDE / 4)
-    tones = textures.noise(rng, _palette(rng), 1.5).levels[0].reshape(-1, 3)
+    tones = noise(rng, _palette(rng), 1.5).levels[0].reshape(-1, 3)
     for radius in radii:
         center, color = rng.uniform(0, SIDE, 2), 255 * tones[rng.integers(len(tones))]
         corners = rng.integers(3, 7) if rng.random() < 0.4 else 24
@@ -83,7 +92,7 @@ def leaves(rng: np.random.Generator, count: int = 1200) -> Texture:
             if (moved.max(0) >= 0).all() and (moved.min(0) < SIDE).all():
                 points = np.rint(moved * 16).astype(np.int32)
                 cv2.fillPoly(image, [points], color.tolist(), cv2.LINE_AA, shift=4)
-    grain = textures.noise(rng, [(0.8,) * 3, (1.2,) * 3], 0.8).levels[0]
+    grain = noise(rng, [(0.8,) * 3, (1.2,) * 3], 0.8).levels[0]
     return Texture.of(image / 255 * np.maximum(grain, 0.8))
 
 
@@ -101,23 +110,23 @@ def _texture(index: int, seed: int) -> Texture:
     ground = tuple(colors[0])
     kinds = (
         lambda: leaves(rng, int(rng.integers(300, 1500))),
-        lambda: textures.noise(rng, colors, rng.uniform(0.7, 1.6)),
-        lambda: textures.plaster(rng, colors),
+        lambda: noise(rng, colors, rng.uniform(0.7, 1.6)),
+        lambda: plaster(rng, colors),
         lambda: leaves(rng, int(rng.integers(300, 1500))),
-        lambda: textures.stones(rng, colors, int(rng.integers(20, 200))),
-        lambda: textures.planks(rng, colors, int(rng.integers(3, 12))),
-        lambda: textures.blobs(rng, ground, colors, int(rng.integers(20, 200))),
-        lambda: textures.bricks(rng, colors, ground, 2 * int(rng.integers(2, 9))),
-        lambda: textures.stripes(rng, colors, int(rng.integers(1, 5)), rng.uniform(0, 1.5)),
-        lambda: textures.noise(rng, colors, rng.uniform(1.0, 1.4)),
+        lambda: stones(rng, colors, int(rng.integers(20, 200))),
+        lambda: planks(rng, colors, int(rng.integers(3, 12))),
+        lambda: blobs(rng, ground, colors, int(rng.integers(20, 200))),
+        lambda: bricks(rng, colors, ground, 2 * int(rng.integers(2, 9))),
+        lambda: stripes(rng, colors, int(rng.integers(1, 5)), rng.uniform(0, 1.5)),
+        lambda: noise(rng, colors, rng.uniform(1.0, 1.4)),
     )
     return kinds[index % len(kinds)]()
 
 
 def _palette(rng: np.random.Generator) -> list[tuple[float, ...]]:
     """Three to five colours around one; brightness differs more than hue, as in photographs."""
-    count, spread = rng.integers(3, 6), rng.choice([0.15, 0.3])
+    count, deviation = rng.integers(3, 6), rng.choice([0.15, 0.3])
     base = rng.uniform(0.2, 0.8) + 0.15 * rng.normal(size=3)
     bright, hue = rng.normal(size=(count, 1)), 0.5 * rng.normal(size=(count, 3))
-    colors = (base + spread * (bright + hue)).clip(0, 1)
+    colors = (base + deviation * (bright + hue)).clip(0, 1)
     return [tuple(color) for color in colors]

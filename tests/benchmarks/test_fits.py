@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from omni.synthetic import make_clip
+from omni.synthetic.clip import make_clip
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SETTINGS = "optim.steps=3 optim.evaluate_every=3 model.hidden=8 sampling.pairs=4 threads=1"
@@ -54,7 +54,7 @@ def test_sharpness_compares_fits_with_and_without_pictures(record_of, capsys):
     ]
     assert all(row["median"] < 24 and 0 < row["within_1px"] < row["delta_avg"] for row in rows)
     psnr = {row["terms"]: row["psnr"] for row in rows}
-    assert psnr["both"] > psnr["none"] + 1, "colours are learned from pictures alone"
+    assert psnr["both"] > psnr["none"] + 1, "colours are fitted by the photometric terms alone"
     assert "| mean | none |" in capsys.readouterr().out
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from omni.synthetic import make_clip
-from preprocess.network import FlowNetwork
+from omni.synthetic.clip import make_clip
+from preprocess.flow.raft.network import FlowNetwork
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "flow.py"
 
@@ -100,16 +100,16 @@ def test_missing_data_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "sentence"),
     [
         (("--scenes", 0), "flow: --scenes must be at least 1"),
         (("--device", "cuda"), "flow: no CUDA device is available"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-def test_options_that_cannot_work_are_one_sentence(options, said):
+def test_options_that_cannot_work_are_one_sentence(options, sentence):
     result = run(*options)
-    assert result.returncode == 1 and result.stderr.startswith(said)
+    assert result.returncode == 1 and result.stderr.startswith(sentence)
 
 
 def test_weights_of_the_same_name_get_labels_of_their_own(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from omni.errors import OmniError
-from omni.synthetic import make_clip
+from omni.synthetic.clip import make_clip
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality.py"
 FRAMES, SIZE = 5, (48, 64)
@@ -47,7 +47,7 @@ def measured(quality, clips, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_record_says_what_was_measured_with_what_and_on_what(measured):
+def test_the_record_holds_scores_settings_code_and_machine(measured):
     record = json.loads(measured[1].read_text())
     assert set(record) == {"commit", "command", "config", "machine", "results"}
     assert record["commit"] and record["config"]["optim"]["steps"] == 3
@@ -126,7 +126,7 @@ def test_a_score_that_is_nowhere_defined_is_a_dash_and_clips_without_it_do_not_c
     assert [line[aj + 2].strip() for line in lines] == ["-", "-", "-"]
 
 
-def test_seeds_are_averaged_and_their_spread_is_that_of_the_means_over_clips(quality):
+def test_seeds_are_averaged_and_their_deviation_is_that_of_the_means_over_clips(quality):
     scores = {("a", 0): 0.4, ("a", 1): 0.6, ("b", 0): 0.8, ("b", 1): 0.6}
     rows = [
         {**dict.fromkeys(quality["COLUMNS"], value), "clip": clip, "method": "ours", "seed": seed}

@@ -1,4 +1,4 @@
-"""Damaged and hostile files, made of valid ones as a plan says; Hypothesis draws the plans."""
+"""Damaged and hostile files, made of valid ones as a plan describes; Hypothesis draws the plans."""
 
 import io
 import json

@@ -105,7 +105,7 @@ def time_stages(clip, run):
 
 
 def kill_once(clip, run, stage, delay, number):
-    """Start, kill `delay` seconds into a stage; whether it came before the end, and what it said"""
+    """Start, kill `delay` seconds into a stage; whether it came before the end, and its output"""
     process = start(clip, run)
     while process.poll() is None and not BEGINS[stage](run):
         time.sleep(0.002)
@@ -113,15 +113,15 @@ def kill_once(clip, run, stage, delay, number):
         process.wait(delay)
     except subprocess.TimeoutExpired:
         process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    return process.returncode != 0, said
+    _, output = process.communicate(timeout=120)
+    return process.returncode != 0, output
 
 
 def trial(clip, run, stage, seconds, number, rng):
     """Kill a fresh run inside of `stage`, continue it; a record of what happened."""
     while True:
         delay = rng.uniform(0, 0.95 * seconds)
-        killed, said = kill_once(clip, run, stage, delay, number)
+        killed, output = kill_once(clip, run, stage, delay, number)
         if killed:
             break
         subprocess.run(["rm", "-r", str(run)], check=True)
@@ -133,7 +133,7 @@ def trial(clip, run, stage, seconds, number, rng):
         "reached": reached,
         "signal": signal.Signals(number).name,
         "delay": round(delay, 3),
-        "said": said.strip().splitlines()[-1:] or [""],
+        "output": output.strip().splitlines()[-1:] or [""],
         "code": result.returncode,
         "error": result.stderr[-500:] if result.returncode else "",
         "left": sorted(p.name for p in run.rglob("*") if ".tmp" in p.name or "partial" in p.name),
@@ -171,10 +171,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for record in kill_all(Path(folder), options.kills, options.seed):
             records.append(record)
-            verdict = "same bytes" if record["same"] else "DIFFERS"
+            result = "same bytes" if record["same"] else "DIFFERS"
             where = f"{record['delay']:6.2f} s into {record['stage']:9}"
             trouble = [record[name] for name in ("error", "differ", "left") if record[name]]
-            print(f"{len(records):3} {record['signal']:8} {where} {verdict}", *trouble)
+            print(f"{len(records):3} {record['signal']:8} {where} {result}", *trouble)
             sys.stdout.flush()
     same = sum(record["same"] for record in records)
     print(f"{same} of {len(records)} runs continued to the same bytes")

@@ -1,120 +1,23 @@
-"""Every reader of untrusted files, one class each.
+"""Readers of the files of a run folder, which are not trusted either, and a list of all readers."""
 
-`seeds` are valid files; `read` may raise nothing but `OmniError`.
-"""
-
-import io
 import json
-import os
 import zlib
 
 import numpy as np
 from damage import changed, crafted
-
-
-class Reader:
-    suffix = ""
-
-    def __init__(self, folder):
-        self.folder, self.path = folder, folder / f"input{self.suffix}"
-        self.seeds = self.make()
-
-    def __call__(self, plan):
-        self.path.write_bytes(crafted(self.seeds, plan, self.repair))
-        self.read()
-
-    def repair(self, data):
-        return data
-
-
-def npz(**arrays):
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def some_tracks():
-    rng = np.random.default_rng(0)
-    return {
-        "tracks": rng.uniform(0, 20, (3, 4, 2)).astype(np.float32),
-        "visible": rng.random((3, 4)) > 0.5,
-        "visibility": rng.random((3, 4)).astype(np.float32),
-        "sigma": rng.random((3, 4)).astype(np.float32),
-        "query_points": np.array([[0, 1, 2], [1, 3, 4], [3, 5, 6]], np.float32),
-        "size": np.array([24, 32]),
-        "fps": np.float64(24),
-        "format_version": np.int64(1),
-    }
-
-
-class TracksReader(Reader):
-    suffix = ".npz"
-
-    def make(self):
-        return [npz(**some_tracks())]
-
-    def read(self):
-        from omni.tracks import Tracks
-
-        Tracks.load(self.path)
-
-
-class QueriesReader(TracksReader):
-    def read(self):
-        from omni.tracks import load_queries
-
-        load_queries(self.path)
-
-
-class TruthReader(TracksReader):
-    def make(self):
-        tracks = some_tracks()
-        area = {"annotated": tracks["visible"], "mask_area": np.ones(4), "meta": np.array("text")}
-        video = {"video": np.zeros((4, 24, 32, 3), np.uint8)}
-        plain = {name: tracks[name] for name in ("tracks", "visible")}
-        return [npz(**tracks, **area), npz(**plain, **video)]
-
-    def read(self):
-        from omni.truth import load_truth
-
-        load_truth(self.path)
-
-
-class PredictionReader(TracksReader):
-    def make(self):
-        tracks = some_tracks()
-        cotracker = npz(
-            pred_tracks=tracks["tracks"].transpose(1, 0, 2)[None],
-            pred_visibility=tracks["visible"].T[None],
-            queries=tracks["query_points"][None],
-            size=tracks["size"],
-        )
-        return [cotracker, npz(**tracks)]
-
-    def read(self):
-        from omni.truth import load_prediction
-
-        load_prediction(self.path)
-
-
-class PickleReader(Reader):
-    suffix = ".pkl"
-
-    def make(self):
-        import pickle
-
-        tracks = some_tracks()
-        clip = {
-            "points": tracks["tracks"] / 32,
-            "occluded": ~tracks["visible"],
-            "video": np.zeros((4, 24, 32, 3), np.uint8),
-        }
-        return [pickle.dumps(clips, p) for p in (2, 4, 5) for clips in ([clip], {"0": clip})]
-
-    def read(self):
-        from omni.truth import load_truth
-
-        load_truth(f"{self.path}:0")
+from input_readers import (
+    ConfigReader,
+    ImageReader,
+    MaskReader,
+    NameReader,
+    PickleReader,
+    PredictionReader,
+    QueriesReader,
+    Reader,
+    TracksReader,
+    TruthReader,
+    VideoReader,
+)
 
 
 def small_field():
@@ -132,9 +35,9 @@ class CheckpointReader(Reader):
     def make(self):
         import torch
 
-        from omni.checkpoint import save_checkpoint
-        from omni.config import to_dict
-        from omni.model import Field
+        from omni.field.checkpoint import save_checkpoint
+        from omni.field.model.field import Field
+        from omni.system.schema import to_dict
 
         torch.set_num_threads(1)
         config = small_field()
@@ -153,7 +56,7 @@ class CheckpointReader(Reader):
     def read(self):
         import torch
 
-        from omni.checkpoint import load_field
+        from omni.field.checkpoint import load_field
 
         load_field(self.path, 4, torch.device("cpu"))
 
@@ -168,10 +71,10 @@ class ResumeReader(Reader):
 
         import torch
 
-        from omni.checkpoint import load_checkpoint
         from omni.config import OptimConfig, SamplingConfig
+        from omni.field.checkpoint import load_checkpoint
+        from omni.run import make_trainer
         from omni.store import Store
-        from omni.trainer import Trainer
 
         torch.set_num_threads(1)
         config = replace(
@@ -181,11 +84,11 @@ class ResumeReader(Reader):
         )
         write_run(self.folder / "run")
         store = Store.open(self.folder / "run")
-        self.trainer = Trainer(store, config, self.path, torch.device("cpu"))
+        self.trainer = make_trainer(store, config, self.path, torch.device("cpu"))
         self.fresh = self.trainer.state()
         self.trainer.run()
         self.trainer.save = lambda: None  # only reading is tried
-        # Nobody reads the settings here, and most of the entries would be theirs.
+        # The settings are not read here, and most of the entries would be theirs.
         self.tree = load_checkpoint(self.path) | {"step": 1, "finished": False, "config": {}}
         self.tree["good"]["config"] = {}
         self.odd = [torch.zeros(1), torch.zeros(0), torch.full((3,), float("nan"))]
@@ -210,31 +113,6 @@ class ResumeReader(Reader):
 
     def read(self):
         self.trainer.run()
-
-
-class ConfigReader(Reader):
-    suffix = ".yaml"
-
-    def make(self):
-        from omni.config import Config, to_dict, to_yaml
-
-        aliases = "\n".join(
-            ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
-        )
-        tree = json.dumps(to_dict(Config()))
-        short = "optim: {steps: 3, betas: [0.9, 0.99]}\nflow: {provider: dis}\n"
-        return [
-            tree.encode(),
-            tree.encode(),
-            to_yaml(Config()).encode(),
-            short.encode(),
-            f"{aliases}\nseed: *a59\n".encode(),
-        ]
-
-    def read(self):
-        from omni.config import load_config
-
-        load_config(str(self.path), ["optim.steps=5"])
 
 
 def write_run(run):
@@ -281,9 +159,9 @@ class ManifestReader(Reader):
 
     def read(self):
         """As a fit and a read-out do, then as preprocessing does."""
-        from omni.landmarks import Landmarks
-        from omni.links import Links
         from omni.store import Store
+        from omni.tracking.landmarks import Landmarks
+        from omni.tracking.links import Links
 
         try:
             store = Store.open(self.folder / "run")
@@ -295,7 +173,7 @@ class ManifestReader(Reader):
                 for source in landmarks.sources(target):
                     landmarks.follow(source, target, point)
             assert store.fps > 0 and min(store.video_size) > 0
-            for array in (store.masks, store.doubt):
+            for array in (store.masks, store.uncertainty):
                 assert array is None or array.dtype == np.uint8
         finally:
             self.prepare()
@@ -303,8 +181,8 @@ class ManifestReader(Reader):
     def prepare(self):
         from omni.config import FlowConfig
         from omni.store import Store
-        from preprocess.flow import accepts
-        from preprocess.pairs import schedule
+        from preprocess.flow.pairs import schedule
+        from preprocess.flow.registry import accepts
 
         store = Store.create(self.folder / "run")
         if store.has("frames"):
@@ -376,8 +254,8 @@ class ReportReader(Reader):
         return [json.dumps({"stages": {"fit": fit, "export": fit}}).encode()]
 
     def read(self):
-        from omni.report import read_report, timed
-        from omni.summaries import summary_table
+        from omni.system.report import read_report, timed
+        from omni.views.summaries import summary_table
 
         summary_table(read_report(self.folder))
         with timed(self.folder, "fit"):
@@ -386,111 +264,20 @@ class ReportReader(Reader):
 
 class LockReader(Reader):
     def make(self):
-        from omni import lock
+        from omni.system import lock
 
-        lock.PATIENCE, lock.SETTLE = 0.001, 0.0
+        lock.PATIENCE, lock.TAKEOVER_DELAY = 0.001, 0.0
         self.path = self.folder / "lock"
         return [json.dumps({**lock._ours(), "pid": pid}).encode() for pid in (1, 1 << 22)]
 
     def read(self):
-        from omni.lock import locked
+        from omni.system.lock import locked
 
         try:
             with locked(self.folder):
                 assert self.path.exists()
         finally:
             self.path.unlink(missing_ok=True)
-
-
-class ImageReader(Reader):
-    suffix = ".png"
-
-    def make(self):
-        from PIL import Image
-
-        rng, seeds = np.random.default_rng(0), []
-        image = Image.fromarray(rng.integers(0, 255, (9, 11, 3), np.uint8))
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        for format, mode in (
-            ("PNG", "RGB"),
-            ("PNG", "P"),
-            ("PNG", "LA"),
-            ("JPEG", "RGB"),
-            ("PNG", "I;16"),
-            ("GIF", "P"),
-            ("TIFF", "RGB"),
-            ("EPS", "RGB"),
-        ):
-            buffer = io.BytesIO()
-            picture = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
-            picture.save(buffer, format, **({"exif": exif} if format == "JPEG" else {}))
-            seeds.append(buffer.getvalue())
-        return seeds
-
-    def read(self):
-        from omni.images import image_size, read_image
-
-        size = image_size(self.path)
-        assert read_image(self.path).shape == (*size, 3)
-
-
-class MaskReader(ImageReader):
-    def read(self):
-        from omni.images import read_mask
-
-        mask, _ = read_mask(self.path)
-        assert mask.ndim == 2 and mask.dtype == np.uint8
-
-
-class VideoReader(Reader):
-    suffix = ".mp4"
-
-    def make(self):
-        import av
-
-        from omni.video import write_video
-
-        av.logging.set_level(None)
-        frames = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8)
-        write_video(self.path, iter(frames), 10.0)
-        return [
-            self.path.read_bytes(),
-            b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
-            b"ffconcat version 1.0\nfile /etc/passwd\n",
-        ]
-
-    def read(self):
-        from omni.video import open_video
-
-        for image in open_video(self.path):
-            assert image.dtype == np.uint8
-
-
-class NameReader(Reader):
-    """Names of videos and of frames: nothing is read or written outside."""
-
-    def make(self):
-        return [b"clip.mp4", b"..mp4", b"....mp4", b"frame_0001.png", b"a/../../b.mp4", b"~/x.mp4"]
-
-    def __call__(self, plan):
-        from omni.images import list_images
-        from omni.run import default_run
-
-        name = os.fsdecode(crafted(self.seeds, plan)[:200].replace(b"\x00", b""))
-        inside = self.folder / "runs"
-        chosen = self.folder / default_run(name)
-        assert chosen.resolve().parent == inside.resolve(), name
-        frame = os.path.basename(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        frames = self.folder / "frames"
-        frames.mkdir(exist_ok=True)
-        if frame not in ("", ".", ".."):
-            path = frames / f"{frame[:60]}.png"
-            path.write_bytes(b"x")
-            try:
-                assert list_images(frames) == [path]
-            finally:
-                path.unlink()
 
 
 READERS = {

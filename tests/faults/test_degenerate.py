@@ -108,8 +108,8 @@ def test_a_degenerate_video_finishes_with_finite_output(name, tmp_path):
     reach = 2 * max(height, width)
     assert (np.abs(tracks.tracks) < reach + np.array([width, height])).all()
     query = tracks.query_points
-    asked = tracks.tracks[np.arange(len(query)), query[:, 0].astype(int)]
-    np.testing.assert_allclose(asked, query[:, :0:-1], atol=0.01)
+    at_query = tracks.tracks[np.arange(len(query)), query[:, 0].astype(int)]
+    np.testing.assert_allclose(at_query, query[:, :0:-1], atol=0.01)
     for view in ("overlay.mp4", "color.mp4", "depth.mp4"):
         assert len(iio.imread(run.folder / view, plugin="pyav")) >= 1
     SENSIBLE.get(name, lambda run, tracks: None)(run, tracks)

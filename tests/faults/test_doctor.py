@@ -1,4 +1,4 @@
-"""`omni doctor`: what it finds, and that it goes on whatever is broken."""
+"""`omni doctor`: what it finds, and that it continues whatever is broken."""
 
 import importlib
 import importlib.machinery
@@ -10,7 +10,8 @@ import sys
 import damage
 import kills
 
-from omni import doctor
+from omni.run import examine
+from omni.system import doctor
 
 
 def test_doctor_finds_a_second_opencv_and_a_damaged_run(small_store, tmp_path):
@@ -32,7 +33,7 @@ def test_doctor_finds_a_second_opencv_and_a_damaged_run(small_store, tmp_path):
     assert "OpenCV is installed 2 times" in result.stdout
     assert "pip uninstall -y" in result.stdout
     assert "flow.npy is missing or damaged" in result.stdout
-    assert "H.264 written and read back" in result.stdout
+    assert "H.264 is written and read back" in result.stdout
 
 
 def test_doctor_knows_weights_that_are_part_of_the_build(tmp_path, monkeypatch):
@@ -45,16 +46,16 @@ def test_doctor_knows_weights_that_are_part_of_the_build(tmp_path, monkeypatch):
 
 
 def test_doctor_takes_a_run_that_is_not_fitted_yet_as_no_problem(small_store):
-    findings = list(doctor._run_folder(small_store.run))
-    assert [finding.verdict for finding in findings] == ["note", "ok"]
-    assert "is not fitted yet" in findings[0].what
+    codecs, store, checkpoint = examine(small_store.run)
+    assert [finding.status for finding in (codecs, store, checkpoint)] == ["ok", "ok", "note"]
+    assert "is not fitted yet" in checkpoint.what
 
 
-def test_doctor_says_that_torch_is_broken_and_goes_on(monkeypatch):
+def test_doctor_says_that_torch_is_broken_and_goes_on(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    findings = list(doctor.examine())
+    findings = list(doctor.examine_machine(tmp_path))
     broken = [f for f in findings if f.what.startswith("torch does not import")]
-    assert [f.verdict for f in broken] == ["problem"] and len(findings) >= 5
+    assert [f.status for f in broken] == ["problem"] and len(findings) >= 4
 
 
 def test_doctor_is_content_with_this_machine():

@@ -1,4 +1,4 @@
-"""Kills, signals and full disks, as docs/reliability.md promises: real ones."""
+"""Kills, signals and full disks, as docs/reliability.md states: real ones."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import kills
 import pytest
 
 from omni.errors import OmniError
-from omni.signals import Interrupted, raise_interrupted, stop_signals
-from omni.tracks import Tracks
-from omni.video import open_video
+from omni.system.signals import Interrupted, raise_interrupted, stop_signals
+from omni.tracking.tracks import Tracks
+from omni.video.source import open_video
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -45,12 +45,12 @@ def test_a_killed_run_continues_to_the_same_bytes(reference, tmp_path, stage, nu
     """All stages and signals, 30 times: `python tests/faults/kills.py`."""
     clip, uninterrupted, seconds = reference
     run = tmp_path / "run"
-    killed, said = kills.kill_once(clip, run, stage, 0.3 * seconds[stage], number)
+    killed, output = kills.kill_once(clip, run, stage, 0.3 * seconds[stage], number)
     assert killed and not (run / "tracks.npz").exists()
     if number != signal.SIGKILL:
         name = signal.Signals(number).name
         last = f"omni: stopped by {name}; run the same command again to continue"
-        assert said.strip().splitlines()[-1] == last
+        assert output.strip().splitlines()[-1] == last
         assert not (run / "lock").exists()
     assert kills.again(clip, run).returncode == 0
     assert same_tracks(run, uninterrupted)
@@ -100,7 +100,7 @@ def test_a_run_goes_on_when_its_video_is_gone_after_preprocessing(reference, tmp
     result = kills.again(video, run, "--set=data.resolution=32")
     assert result.returncode == 2 and "does not exist" in result.stderr
     result = kills.again(video, run)
-    assert result.returncode == 0 and "is gone: going on" in result.stderr
+    assert result.returncode == 0 and "is gone: continuing" in result.stderr
     assert same_tracks(run, uninterrupted)
 
 
@@ -119,8 +119,8 @@ def test_a_video_that_goes_while_it_is_read_is_one_clear_error(tmp_path):
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_that_announces_the_end_stops_with_one_sentence(name):
     script = (
-        "import os, signal, omni.cli, omni.doctor\n"
-        f"omni.doctor.examine = lambda run: os.kill(os.getpid(), signal.{name})\n"
+        "import os, signal, omni.cli\n"
+        f"omni.cli.examine_machine = lambda run: os.kill(os.getpid(), signal.{name})\n"
         "omni.cli.main(['doctor'])"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -167,10 +167,10 @@ def test_a_full_disk_stops_with_one_sentence_and_more_room_continues(reference, 
         f"cp {disk}/run/tracks.npz {out}"
     )
     assert result.returncode == 0, result.stderr
-    for attempt, says in (("first", "are free there"), ("second", "No space left on device")):
+    for attempt, reason in (("first", "are free there"), ("second", "No space left on device")):
         lines = (out / attempt).read_text().strip().splitlines()
         assert (out / f"{attempt}.code").read_text() == "2\n", lines
-        assert lines[-1].startswith("omni: ") and says in lines[-1]
+        assert lines[-1].startswith("omni: ") and reason in lines[-1]
         assert "Traceback" not in "".join(lines)
     assert same_tracks(out, uninterrupted)
 

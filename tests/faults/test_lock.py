@@ -13,21 +13,21 @@ import kills
 import pytest
 import torch
 
-from omni import lock
-from omni.dense import write_dense
 from omni.errors import DamagedError, OmniError
-from omni.files import write_atomic
-from omni.lock import locked, require_lock
-from omni.readout import Reader
+from omni.evaluation.truth import load_truth
+from omni.run import make_trainer
 from omni.store import Store
-from omni.tracks import read_arrays
-from omni.trainer import Trainer
-from omni.truth import load_truth
+from omni.system import lock
+from omni.system.files import write_atomic
+from omni.system.lock import locked, require_lock
+from omni.tracking.dense import write_dense
+from omni.tracking.readout import Reader
+from omni.tracking.tracks import read_arrays
 
 
 def test_a_second_process_is_refused_and_the_first_one_left_alone(tmp_path):
-    script = "import sys, time, omni.lock, pathlib\n"
-    script += "with omni.lock.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); "
+    script = "import sys, time, omni.system.lock, pathlib\n"
+    script += "with omni.system.lock.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); "
     script += "sys.stdin.read()"
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -82,7 +82,8 @@ def test_a_lock_of_another_machine_with_a_heartbeat_is_respected_whatever_its_cl
     """A real owner, started where process numbers mean something else to us."""
     monkeypatch.setattr(lock, "PATIENCE", 5.0)
     script = (
-        "import sys, omni.lock as l, pathlib, time\nl.BEAT = 0.1\nl._kernel = lambda: 'another'\n"
+        "import sys, omni.system.lock as l, pathlib, time\n"
+        "l.BEAT = 0.1\nl._kernel = lambda: 'another'\n"
         "with l.locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -96,7 +97,7 @@ def test_a_lock_of_another_machine_with_a_heartbeat_is_respected_whatever_its_cl
 
 def test_an_owner_whose_lock_was_taken_over_stops(tmp_path):
     script = (
-        "import sys, omni.lock as l, pathlib, time\nl.BEAT = 0.1\n"
+        "import sys, omni.system.lock as l, pathlib, time\nl.BEAT = 0.1\n"
         "with l.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n"
         "    for _ in range(600): time.sleep(0.05)"
     )
@@ -104,12 +105,12 @@ def test_an_owner_whose_lock_was_taken_over_stops(tmp_path):
     owner = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert owner.stdout.readline() == "held\n"
     write_atomic(tmp_path / "lock", json.dumps(lock._ours()).encode())
-    _, said = owner.communicate(timeout=20)
-    assert owner.returncode != 0 and "KeyboardInterrupt" in said
+    _, errors = owner.communicate(timeout=20)
+    assert owner.returncode != 0 and "KeyboardInterrupt" in errors
     assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_second_thread_is_refused_but_a_block_inside_a_block_goes_on(tmp_path):
+def test_a_second_thread_is_refused_but_a_block_inside_a_block_is_entered(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     def enter():
@@ -129,7 +130,7 @@ def test_an_owner_keeps_its_lock_when_the_machine_is_renamed(tmp_path, monkeypat
         monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
         os.utime(tmp_path / "lock", (0, 0))
         time.sleep(0.2)
-        assert (tmp_path / "lock").stat().st_mtime > 1e6, "the heartbeat goes on"
+        assert (tmp_path / "lock").stat().st_mtime > 1e6, "the heartbeat continues"
         require_lock(tmp_path)
     assert not (tmp_path / "lock").exists()
 
@@ -150,7 +151,9 @@ def test_a_lost_lock_keeps_checkpoint_and_manifest_as_the_new_owner_wrote_them(
     small_store, small_config, tmp_path
 ):
     run = shutil.copytree(small_store.run, tmp_path / "run")
-    trainer = Trainer(Store.open(run), small_config, run / "checkpoint.pt", torch.device("cpu"))
+    trainer = make_trainer(
+        Store.open(run), small_config, run / "checkpoint.pt", torch.device("cpu")
+    )
     trainer._good = trainer.state()
     with locked(run):
         trainer.save()
@@ -168,7 +171,7 @@ def test_a_lost_lock_keeps_checkpoint_and_manifest_as_the_new_owner_wrote_them(
 def test_two_threads_that_find_one_stale_lock_do_not_both_take_it(tmp_path, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr(lock, "SETTLE", 0.05)
+    monkeypatch.setattr(lock, "TAKEOVER_DELAY", 0.05)
     for _ in range(3):
         write_lock(tmp_path, pid=1)
         inside = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import damage
 import fuzz
+import input_readers
 import kills
 import numpy as np
 import pytest
@@ -17,18 +18,21 @@ import readers
 import torch
 from PIL import Image
 
-from omni import decoding, lock, memory
-from omni.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
 from omni.config import load_config
 from omni.errors import DamagedError, OmniError
-from omni.images import list_images, read_image
-from omni.readout import Reader
-from omni.run import default_run
+from omni.evaluation.truth import load_prediction, load_truth
+from omni.field.checkpoint import FORMAT_VERSION, load_checkpoint, save_checkpoint
+from omni.run import make_trainer
+from omni.run.stages import default_folder
 from omni.store import Store
-from omni.tracks import Tracks, read_arrays
-from omni.trainer import Trainer
-from omni.truth import load_prediction, load_truth
-from omni.video import load_masks, open_video, write_video
+from omni.system import lock, memory
+from omni.tracking.readout import Reader
+from omni.tracking.tracks import Tracks, read_arrays
+from omni.video import decoding
+from omni.video.images import list_images, read_image
+from omni.video.masks import load_masks
+from omni.video.source import open_video
+from omni.video.writing import write_video
 
 CPU = torch.device("cpu")
 
@@ -77,12 +81,12 @@ def test_a_checkpoint_of_a_newer_format_is_neither_used_nor_replaced(
     torch.save({"format_version": FORMAT_VERSION + 1, "key": "k"}, path)
     before = path.read_bytes()
     with pytest.raises(OmniError, match="another version"):
-        Trainer(small_store, small_config, path, CPU).run()
+        make_trainer(small_store, small_config, path, CPU).run()
     assert path.read_bytes() == before
 
 
 def test_tracks_of_a_newer_format_are_refused(tmp_path):
-    np.savez(tmp_path / "t.npz", **readers.some_tracks() | {"format_version": np.int64(2)})
+    np.savez(tmp_path / "t.npz", **input_readers.some_tracks() | {"format_version": np.int64(2)})
     with pytest.raises(OmniError, match="written in format 2"):
         Tracks.load(tmp_path / "t.npz")
 
@@ -114,7 +118,7 @@ def test_a_checkpoint_cannot_ask_for_memory(tmp_path):
         load_checkpoint(packed)
 
 
-def test_an_npz_that_promises_more_than_it_holds_is_refused_before_it_is_read(tmp_path):
+def test_an_npz_that_declares_more_than_it_holds_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "liar.npz"
     with zipfile.ZipFile(path, "w") as archive, archive.open("tracks.npy", "w") as member:
         facts = {"descr": "<f8", "fortran_order": False, "shape": (1 << 40, 3)}
@@ -141,7 +145,7 @@ def test_an_npz_that_unpacks_to_more_than_the_memory_is_refused_before_it_is_rea
 
 @pytest.mark.parametrize("name", ["..mp4", "....mp4", "/", "a/../..mp4", ". .mp4", "\x1b]0;x.mp4"])
 def test_no_name_of_a_video_leads_out_of_the_folder_of_runs(name):
-    chosen = default_run(name)
+    chosen = default_folder(name, None)
     assert chosen.resolve().parent == Path("runs").resolve()
 
 
@@ -224,7 +228,7 @@ def test_masks_and_tracks_that_do_not_fit_in_memory_are_refused(tmp_path, monkey
 @pytest.mark.parametrize("name", readers.READERS)
 def test_crafted_files_are_read_or_refused_in_one_clear_sentence(name, tmp_path, monkeypatch):
     """20,000 of each: `python tests/faults/fuzz.py`."""
-    for constant in ("PATIENCE", "SETTLE"):
+    for constant in ("PATIENCE", "TAKEOVER_DELAY"):
         monkeypatch.setattr(lock, constant, getattr(lock, constant))
     (tmp_path / "work").mkdir()
     result = fuzz.fuzz(name, 30, tmp_path / "work")
@@ -239,15 +243,15 @@ import resource, sys, logging, torch, numpy as np
 from dataclasses import replace
 from pathlib import Path
 from omni.config import Config, load_config
-from omni.readout import Reader
+from omni.run import make_trainer
 from omni.store import Store
-from omni.trainer import Trainer
+from omni.tracking import Reader
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 torch.set_num_threads(1)
 store = Store.open(sys.argv[1])
 config = load_config("cpu", ["model.hidden=64", "optim.steps=2", "sampling.pairs=%s" % sys.argv[3],
                              "sampling.points=64", "sampling.tracks=0", "model.surface=16"])
-trainer = Trainer(store, config, Path(sys.argv[2]), torch.device("cpu"))
+trainer = make_trainer(store, config, Path(sys.argv[2]), torch.device("cpu"))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), resource.RLIM_INFINITY))
 trainer.run()
@@ -267,10 +271,10 @@ def test_without_enough_memory_batches_and_chunks_are_halved_and_the_work_goes_o
     command = [sys.executable, "-c", LIMITED, str(small_store.run), str(tmp_path / "c.pt"), "4096"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "out of memory at step 0: going on with batches of 2048 pairs" in result.stderr
+    assert "out of memory at step 0: continuing with batches of 2048 pairs" in result.stderr
     assert "out of memory: going on in chunks of" in result.stderr
-    said = dict(line.rsplit(" ", 1) for line in result.stdout.splitlines())
-    assert int(said["chunk"]) < 1 << 17
+    output = dict(line.rsplit(" ", 1) for line in result.stdout.splitlines())
+    assert int(output["chunk"]) < 1 << 17
     assert load_checkpoint(tmp_path / "c.pt")["halvings"] > 0
 
 

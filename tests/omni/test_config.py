@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 import yaml
 
-from omni.config import Config, Term, apply, digest, load_config, presets, to_dict, to_yaml
+from omni.config import Config, Term, load_config, presets, to_yaml
 from omni.errors import OmniError
+from omni.system.schema import apply_settings, digest, to_dict
 
 
 def test_resolved_yaml_loads_back_to_an_equal_config(tmp_path):
@@ -46,7 +47,7 @@ def test_unknown_key_names_the_nearest_valid_one(wrong, nearest):
         ("optim.clip=2", lambda c: c.optim.clip, 2.0),
         ("optim.steps=1e4", lambda c: c.optim.steps, 10000),
         ("optim.steps=500.0", lambda c: c.optim.steps, 500),
-        ("flow.refine=no", lambda c: c.flow.refine, False),
+        ("loss.robust=no", lambda c: c.loss.robust, False),
         ("model.motion=null", lambda c: c.model.motion, "none"),
         ("loss.photometric=2", lambda c: c.loss.photometric, Term(2.0)),
         ("loss.photometric.begin=0.5", lambda c: c.loss.photometric, Term(5.0, 0.5)),
@@ -69,8 +70,8 @@ def test_values_are_coerced_by_field_type(override, read, value):
         "optim.lr_code=true",
         "optim.betas=[0.9]",
         "optim.betas=0.9",
-        "flow.refine=1",
-        "flow.refine=maybe",
+        "loss.robust=1",
+        "loss.robust=maybe",
         "flow.provider=farneback",
         "flow.weights=3",
         "model=3",
@@ -104,7 +105,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
     path.write_text("optim: {steps: 5, clip: 3}")
     config = load_config(str(path), ["optim.steps=6", "optim.steps=7"])
     assert (config.optim.steps, config.optim.clip) == (7, 3.0)
-    assert apply(config, {"optim": {"clip": 4}}, "here").optim.steps == 7
+    assert apply_settings(config, {"optim": {"clip": 4}}, "here").optim.steps == 7
 
 
 def test_dictionary_is_plain_yaml_and_digest_sees_every_change():
@@ -112,3 +113,14 @@ def test_dictionary_is_plain_yaml_and_digest_sees_every_change():
     assert yaml.safe_load(to_yaml(config)) == to_dict(config)
     other = dataclasses.replace(config, seed=1)
     assert digest(to_dict(config)) == digest(to_dict(Config())) != digest(to_dict(other))
+
+
+def test_a_setting_that_is_gone_is_read_where_it_changed_nothing_and_refused_where_it_did(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("flow: {refine: true, max_gap: 8}\n")
+    assert load_config(str(path)).flow.max_gap == 8
+    path.write_text("flow: {refine: false, max_gap: 8}\n")
+    with pytest.raises(OmniError, match="flow.refine is always True in this version, not False"):
+        load_config(str(path))
+    with pytest.raises(OmniError, match="unknown key flow.refine"):
+        load_config("", ["flow.refine=true"])

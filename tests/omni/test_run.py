@@ -1,20 +1,28 @@
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
+import omni
+import omni.field.checkpoint
+import omni.run.folder
+import omni.run.stages
 from omni import run as runs
-from omni.checkpoint import save_checkpoint
 from omni.cli import main
-from omni.coords import grid_queries
+from omni.config import load_config, to_yaml
 from omni.errors import OmniError
-from omni.tracks import Tracks
+from omni.field.checkpoint import fit_progress, save_checkpoint
+from omni.maths.coords import grid_queries
+from omni.store import Store
+from omni.system import lock
+from omni.tracking.tracks import Tracks
 
 
 def exact_tracks(scene, size=None, frames=None):
-    """What a perfect tracker would write about a grid of points, at the original size or `size`."""
+    """The output of a perfect tracker for a grid of points, at the original size or `size`."""
     size = size or (2 * scene.size[0], 2 * scene.size[1])
     scale = size[0] / scene.size[0]
     queries = np.concatenate([grid_queries(scene.size, frame, 2) for frame in (0, 3, 5)])
@@ -89,44 +97,48 @@ def test_a_folder_in_the_place_of_a_result_is_refused_before_the_work(run, tmp_p
     "changes",
     [{"step": "3"}, {"step": -1}, {"step": 1.0}, {"finished": 1}, {"finished": None}, {"key": []}],
 )
-def test_a_crafted_checkpoint_says_nothing_about_the_progress(tmp_path, changes):
+def test_a_crafted_checkpoint_gives_no_progress(tmp_path, changes):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"key": "k", "step": 3, "finished": True})
-    assert runs._progress(path, "k") == (3, True)
+    assert fit_progress(path, "k") == (3, True)
     save_checkpoint(path, {"key": "k", "step": 3, "finished": True} | changes)
-    assert runs._progress(path, "k") == (0, False)
+    assert fit_progress(path, "k") == (0, False)
 
 
 @pytest.fixture(scope="module")
-def astray(scene, write_store, tmp_path_factory):
-    """A preprocessed run whose flows point anywhere: no two of them agree."""
+def contradictory(scene, write_store, tmp_path_factory):
+    """A preprocessed run of random flows: no two of them are consistent."""
     rng = np.random.default_rng(0)
     pairs = [(i, j) for i in range(6) for j in range(6) if abs(i - j) in (1, 2)]
     flows = {pair: rng.uniform(-10, 10, (*scene.size, 2)) for pair in pairs}
     frames = np.stack([scene.frame(t) for t in range(6)])
-    return write_store(tmp_path_factory.mktemp("astray"), frames, pairs, flows).run
+    return write_store(tmp_path_factory.mktemp("contradictory"), frames, pairs, flows).run
 
 
 def fit_error(run, scene, config):
     """Mean distance in original pixels of the fitted field from the truth, where visible."""
     runs.fit(run, config)
     truth = exact_tracks(scene)
-    witness = runs.load(run, "cpu").reader.follow(truth.query_points, np.arange(6))
-    return np.linalg.norm(2 * witness.xy - truth.tracks, axis=-1)[truth.visible].mean()
+    followed = runs.load(run, "cpu").reader.follow(truth.query_points, np.arange(6))
+    return np.linalg.norm(2 * followed.xy - truth.tracks, axis=-1)[truth.visible].mean()
 
 
 @pytest.mark.slow
-def test_imported_tracks_lead_a_fit_whose_flows_lead_nowhere(astray, scene, small_config, tmp_path):
+def test_imported_tracks_guide_a_fit_whose_flows_are_inconsistent(
+    contradictory, scene, small_config, tmp_path
+):
     config = replace(
         small_config,
         device="cpu",
         optim=replace(small_config.optim, steps=40, warmup=5),
         sampling=replace(small_config.sampling, tracks=0.9),
     )
-    plain, led = (shutil.copytree(astray, tmp_path / name) for name in ("plain", "led"))
+    plain, guided = (
+        shutil.copytree(contradictory, tmp_path / name) for name in ("plain", "guided")
+    )
     exact_tracks(scene).save(tmp_path / "other.npz")
-    runs.import_matches(led, tmp_path / "other.npz")
-    without, with_tracks = (fit_error(run, scene, config) for run in (plain, led))
+    runs.import_matches(guided, tmp_path / "other.npz")
+    without, with_tracks = (fit_error(run, scene, config) for run in (plain, guided))
     assert with_tracks < 0.75 * without
 
 
@@ -171,9 +183,7 @@ def test_optimize_takes_matches_from_the_command_line(clip, scene, tmp_path):
     assert Tracks.load(tmp_path / "run" / "tracks.npz").tracks.shape[1:] == (6, 2)
 
 
-def test_optimize_with_matches_of_other_frames_says_so_before_the_fit(
-    clip, scene, tmp_path, capsys
-):
+def test_optimize_refuses_matches_of_other_frames_before_the_fit(clip, scene, tmp_path, capsys):
     exact_tracks(scene, frames=4).save(tmp_path / "other.npz")
     settings = [f"--set={setting}" for setting in TINY]
     matches = ["--matches", str(tmp_path / "other.npz")]
@@ -182,3 +192,116 @@ def test_optimize_with_matches_of_other_frames_says_so_before_the_fit(
     assert stopped.value.code == 2
     assert "omni: " in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def count_calls(monkeypatch, owner, name, calls):
+    """Count the calls of a function in `calls`, by its name; it works as before."""
+    function = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.fixture(scope="module")
+def optimized(clip, tmp_path_factory):
+    """A finished run, and how often it opened what a run consists of."""
+    calls = {place: Counter() for place in ("run", "stages", "checkpoint")}
+    with pytest.MonkeyPatch.context() as patch:
+        count_calls(patch, omni.run.folder, "load_config", calls["run"])
+        count_calls(patch, omni.run.folder, "choose_device", calls["run"])
+        count_calls(patch, omni.run.folder, "load_field", calls["run"])
+        count_calls(patch, lock, "_acquire", calls["run"])
+        count_calls(patch, Store, "__init__", calls["run"])
+        count_calls(patch, omni.run.stages, "load_config", calls["stages"])
+        count_calls(patch, omni.field.checkpoint, "load_config", calls["checkpoint"])
+        count_calls(patch, omni.field.checkpoint, "apply_settings", calls["checkpoint"])
+        opened = omni.optimize(clip, tmp_path_factory.mktemp("optimized") / "run", None, TINY)
+    return opened, calls
+
+
+def test_optimize_opens_each_part_of_its_run_once(optimized):
+    _, calls = optimized
+    once = ("load_config", "choose_device", "_acquire", "__init__")
+    assert calls["run"] == dict.fromkeys(once, 1)
+    assert not calls["stages"] and not calls["checkpoint"]
+
+
+def test_optimize_gives_the_run_that_load_gives(optimized):
+    opened, _ = optimized
+    loaded = omni.load(opened.folder, "cpu")
+    assert loaded.config == opened.config and loaded.steps == opened.steps == 2
+    queries = opened.queries()
+    for tracks in (opened.tracks(queries), loaded.tracks(queries)):
+        assert tracks.to_bytes() == (opened.folder / "tracks.npz").read_bytes()
+    assert opened.report == loaded.report
+    assert not (opened.folder / "lock").exists()
+
+
+def test_settings_of_the_output_take_effect_in_a_finished_run(optimized, clip, tmp_path):
+    run = shutil.copytree(optimized[0].folder, tmp_path / "run")
+    fitted = (run / "checkpoint.pt").read_bytes()
+    again = omni.optimize(clip, run, None, ["output.grid=24", "output.frame=2"])
+    assert (run / "checkpoint.pt").read_bytes() == fitted
+    queries = grid_queries(again.store.video_size, 2, 24)
+    for name in ("chains.npz", "tracks.npz"):
+        np.testing.assert_array_equal(Tracks.load(run / name).query_points, queries)
+    assert load_config(str(run / "config.yaml")).output.grid == 24
+    np.testing.assert_array_equal(omni.load(run, "cpu").at(1.5).query_points, queries)
+
+
+def contents(folder):
+    """Every file of a folder with its bytes and time of change, but the report of the stages."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "report.json"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_export_reads_the_run_and_changes_nothing_in_it(optimized, tmp_path):
+    run = shutil.copytree(optimized[0].folder, tmp_path / "run")
+    before = contents(run)
+    runs.export(run, tmp_path / "out.npz")
+    assert contents(run) == before
+    assert (tmp_path / "out.npz").read_bytes() == (run / "tracks.npz").read_bytes()
+
+
+def test_a_run_whose_report_cannot_be_written_is_exported(optimized, tmp_path, caplog):
+    """As in a folder that may only be read."""
+    run = shutil.copytree(optimized[0].folder, tmp_path / "run")
+    (run / "report.json").unlink()
+    (run / "report.json").mkdir()
+    runs.export(run, tmp_path / "out.npz")
+    assert (tmp_path / "out.npz").read_bytes() == (run / "tracks.npz").read_bytes()
+    assert "cannot write" in caplog.text and "report.json" in caplog.text
+
+
+def test_a_device_that_is_not_here_does_not_keep_a_run_from_being_read(optimized, tmp_path):
+    run = shutil.copytree(optimized[0].folder, tmp_path / "run")
+    settings = replace(optimized[0].config, device="nowhere")
+    (run / "config.yaml").write_text(to_yaml(settings))
+    omni.load(run, "cpu")
+    runs.track_baseline(run, tmp_path / "mft.npz", "mft")
+    with pytest.raises(OmniError, match="'nowhere' is not one of"):
+        runs.fit(run)
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        *((command, "missing") for command in ("visualize", "export", "fit", "baseline")),
+        *((command, "unfitted") for command in ("visualize", "export")),
+    ],
+)
+def test_a_command_on_a_run_it_cannot_use_prints_one_sentence_and_makes_no_folder(
+    command, fault, run, tmp_path, capsys
+):
+    folder = run if fault == "unfitted" else tmp_path / "missing"
+    before = sorted(tmp_path.rglob("*"))
+    out = ["-o", str(tmp_path / "new" / "out.npz")] if command in ("export", "baseline") else []
+    with pytest.raises(SystemExit) as stopped:
+        main([command, str(folder), *out])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("omni: ") and "omni optimize" in lines[0]
+    assert sorted(tmp_path.rglob("*")) == before

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from omni.errors import DamagedError, OmniError
-from omni.store import (
-    FORMAT_VERSION,
+from omni.maths.quantisation import (
     Evidence,
-    Store,
     decode_flow,
     encode_flow,
     pack_evidence,
     unpack_evidence,
 )
+from omni.store import FORMAT_VERSION, Store
 
 ARRAYS = {"a": ((4, 3), np.float32), "b": ((4,), np.uint8)}
 
@@ -228,7 +227,7 @@ def test_errors_that_are_huge_or_missing_saturate():
     assert back[:3] == pytest.approx(9.26, abs=0.01) and back[3] == 0
 
 
-def test_evidence_unpacks_alike_from_numpy_and_torch():
+def test_evidence_unpacks_equally_from_numpy_and_torch():
     codes = np.arange(256, dtype=np.uint8)
     ours, theirs = unpack_evidence(codes), unpack_evidence(torch.from_numpy(codes))
     for name in ("error", "occluded", "valid"):

@@ -2,15 +2,9 @@ import numpy as np
 import pytest
 
 from omni.errors import OmniError
-from preprocess.dis import DisFlow
-from preprocess.estimate import (
-    Estimate,
-    estimate_cost,
-    file_bytes,
-    fitting_workers,
-    require_space,
-)
-from preprocess.pairs import schedule
+from preprocess.estimate import Estimate, estimate_cost, file_bytes, fitting_workers, require_space
+from preprocess.flow.dis import DisFlow
+from preprocess.flow.pairs import schedule
 
 
 def test_file_size_is_exact(tmp_path):

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.models.optical_flow import raft_small
 
-from omni.checkpoint import load_checkpoint, save_checkpoint
 from omni.errors import OmniError
-from preprocess.network import Prediction
-from preprocess.raft import RaftFlow, Weights
+from omni.field.checkpoint import load_checkpoint, save_checkpoint
+from preprocess.flow.raft.network import Prediction
+from preprocess.flow.raft.provider import RaftFlow
+from preprocess.flow.raft.weights import Weights
 from preprocess.training import raft_trainer
 from preprocess.training.pairs import FlowPairs, PairSource
 from preprocess.training.raft_trainer import (
@@ -43,7 +44,7 @@ def test_flow_loss_is_the_discounted_error_of_every_update():
     truth = pairs(torch.zeros(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.bool))
     truth.valid[0, 0] = False
     off = torch.ones(1, 2, 8, 8) * torch.tensor([3.0, 1.0]).reshape(1, 2, 1, 1)
-    off[:, :, 0] = 1e6  # not valid, so nobody looks
+    off[:, :, 0] = 1e6  # not valid, so not counted
     assert flow_loss([off, 2 * off], truth).item() == pytest.approx(0.8 * 2 + 4)
     truth.flow[0, 0, 1] = 500
     still = flow_loss([torch.zeros(1, 2, 8, 8)], truth).item()
@@ -54,23 +55,25 @@ def test_the_sigma_loss_is_least_at_the_deviation_per_axis():
     torch.manual_seed(0)
     truth = pairs(torch.zeros(1, 2, 64, 64), torch.ones(1, 64, 64, dtype=torch.bool))
     noise = 0.7 * torch.randn(1, 2, 64, 64)
-    spreads = torch.linspace(-3, 2, 51)
+    log_variances = torch.linspace(-3, 2, 51)
     shape = torch.ones(1, 64, 64)
-    losses = [head_losses(Prediction([noise], 0 * shape, u * shape), truth)[1] for u in spreads]
-    best = torch.exp(spreads[torch.stack(losses).argmin()] / 2).item()
+    losses = [
+        head_losses(Prediction([noise], 0 * shape, u * shape), truth)[1] for u in log_variances
+    ]
+    best = torch.exp(log_variances[torch.stack(losses).argmin()] / 2).item()
     assert best == pytest.approx(0.7, abs=0.04)
 
 
-def test_the_occlusion_loss_looks_only_where_the_target_is_in_the_frame():
+def test_the_occlusion_loss_counts_only_where_the_target_is_in_the_frame():
     visible = torch.ones(1, 16, 16, dtype=torch.bool)
     visible[0, :, 8:] = False
     flow = torch.zeros(1, 2, 16, 16)
     flow[0, 0, :, 12:] = 30  # leaves the frame
     right = torch.where(visible, -20.0, 20.0)
     right[0, :, 12:] = -20
-    spread = torch.zeros(1, 16, 16)
-    assert head_losses(Prediction([flow], right, spread), pairs(flow, visible))[0] < 1e-6
-    assert head_losses(Prediction([flow], -right, spread), pairs(flow, visible))[0] > 10
+    log_variance = torch.zeros(1, 16, 16)
+    assert head_losses(Prediction([flow], right, log_variance), pairs(flow, visible))[0] < 1e-6
+    assert head_losses(Prediction([flow], -right, log_variance), pairs(flow, visible))[0] > 10
 
 
 def test_batches_are_decided_by_seed_and_index():
@@ -179,8 +182,11 @@ def test_weights_load_as_a_plain_torchvision_model_and_in_the_provider(finished)
     provider = RaftFlow(Weights(path, "small", "given"))
     (motion,) = provider.estimate_batch([(*images, None)])
     np.testing.assert_allclose(motion.flow, expected, atol=1e-3)
-    assert provider.judges and motion.hidden.shape == motion.sigma.shape == (128, 128)
-    assert (motion.sigma > 0).all() and ((motion.hidden >= 0) & (motion.hidden <= 1)).all()
+    assert provider.predicts_uncertainty and motion.occlusion.shape == motion.sigma.shape == (
+        128,
+        128,
+    )
+    assert (motion.sigma > 0).all() and ((motion.occlusion >= 0) & (motion.occlusion <= 1)).all()
 
 
 @pytest.mark.slow
@@ -190,7 +196,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"size": (120, 128)}, "multiples of 8"),
         ({"size": (128, 130)}, "multiples of 8"),
@@ -201,26 +207,26 @@ def test_another_recipe_in_the_same_folder_is_refused(finished):
         ({"variant": "huge"}, "one of small, large"),
     ],
 )
-def test_a_recipe_that_cannot_work_is_refused(wrong, said):
-    with pytest.raises(OmniError, match=said):
+def test_a_recipe_that_cannot_work_is_refused(wrong, message):
+    with pytest.raises(OmniError, match=message):
         replace(TINY, **wrong)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    for state, said in (
+    for state, message in (
         ({"step": 3}, "something else's checkpoint"),
         ({"recipe": _plain(TINY), "step": 3, "network": {}}, "does not fit itself: delete it"),
     ):
         save_checkpoint(path, state)
-        with pytest.raises(OmniError, match=said):
+        with pytest.raises(OmniError, match=message):
             RaftTrainer(TINY, tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(OmniError, match="checkpoint.pt is damaged: delete it to start anew"):
         RaftTrainer(TINY, tmp_path)
 
 
-def test_a_batch_without_a_finite_gradient_is_left_out_and_said(tmp_path, caplog):
+def test_a_batch_without_a_finite_gradient_is_left_out_with_a_warning(tmp_path, caplog):
     trainer = RaftTrainer(TINY, tmp_path)
     broken = trainer.source.batch(0, 1)
     broken.flow[0, 0, 5, 5] = np.nan
@@ -237,12 +243,12 @@ def test_the_heads_do_not_shorten_the_steps_of_the_flow(tmp_path, monkeypatch):
     gradients = []
     for factor in (1, 1e6):
         trainer = RaftTrainer(TINY, tmp_path)
-        loud = [factor * torch.ones(())] * 2
+        scales = [factor * torch.ones(())] * 2
         monkeypatch.setattr(
             raft_trainer,
             "head_losses",
-            lambda *given, loud=loud: [
-                a * b for a, b in zip(head_losses(*given), loud, strict=True)
+            lambda *given, scales=scales: [
+                a * b for a, b in zip(head_losses(*given), scales, strict=True)
             ],
         )
         trainer.train_step()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import fsolve
 from scipy.spatial.transform import Rotation
 
-from preprocess.training.scenes import draw_scenes
+from preprocess.training.random_scenes import draw_scenes
 from preprocess.training.textures import TextureBank
 
 SIZE = (48, 64)
@@ -196,7 +196,7 @@ def test_a_plane_seen_edge_on_is_seen_nowhere(bank):
     assert nowhere.render(times[0], bank, 1).isfinite().all()
 
 
-def test_blur_does_not_know_the_direction_of_motion(bank):
+def test_blur_does_not_depend_on_the_direction_of_motion(bank):
     """A shutter run backwards gathers the same light, and sub-pixel samples as sharp a picture."""
     scenes, still = draw(bank, range(8), longest=1.0), torch.zeros(8, 7, 3)
     slide = torch.tensor([1.0, 0, 0]) * scenes.origin[..., 2:] / scenes.focal[:, None, None]

@@ -1,7 +1,8 @@
 import numpy as np
 import torch
 
-from omni import textures
+from omni.synthetic import Texture
+from preprocess.training import textures
 from preprocess.training.textures import TextureBank, leaves
 
 
@@ -38,7 +39,7 @@ def test_a_bank_is_decided_by_its_seed_and_has_different_textures():
 
 
 def test_leaves_have_the_edges_of_occluding_things():
-    """Most neighbouring pixels are alike, some differ sharply: heavier tails than a Gaussian's."""
+    """Most neighbouring pixels match, some differ sharply: heavier tails than a Gaussian's."""
     image = leaves(np.random.default_rng(0), 400).levels[1].mean(-1)
     slope = np.diff(image, axis=1)
     kurtosis = ((slope - slope.mean()) ** 4).mean() / slope.var() ** 2
@@ -47,7 +48,7 @@ def test_leaves_have_the_edges_of_occluding_things():
 
 def test_outlines_of_leaves_are_smooth(monkeypatch):
     """White leaves on a plain ground without grain: only their borders have other tones."""
-    white = textures.Texture.of(np.ones((512, 512, 3)))
+    white = Texture.of(np.ones((512, 512, 3)))
     monkeypatch.setattr(textures, "noise", lambda *_: white)
     image = leaves(np.random.default_rng(0), 40).levels[0][..., 0]
     values, counts = np.unique(image, return_counts=True)

@@ -1,0 +1,118 @@
+"""How far a flow can be trusted, from its agreement with the reverse flow. Pure functions.
+
+Flows are `(h, w, 2)` float32 pixels; `forward` runs i -> j, `backward` j -> i.
+"""
+
+import cv2
+import numpy as np
+
+from omni.maths import Evidence, inside, pixel_centers, unpack_evidence
+from omni.store import UNKNOWN
+from preprocess.flow import compose, sample
+
+__all__ = [
+    "assess",
+    "cycle_error",
+    "gap_statistics",
+    "labels_agree",
+    "second_cycle_error",
+]
+
+_OCCLUDED_FACTOR = 1.5  # times the threshold: the least error of an occluded point
+
+
+def assess(
+    forward: np.ndarray,
+    backward: np.ndarray,
+    threshold: float,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+    uncertainty: Evidence[np.ndarray] | None = None,
+) -> Evidence[np.ndarray]:
+    """Results of the consistency checks for each pixel `(h, w)` of `forward`.
+
+    Args:
+        forward: `(h, w, 2)` flow i -> j.
+        backward: `(h, w, 2)` flow j -> i.
+        threshold: forward-backward error in pixels up to which a correspondence is reliable.
+        labels: masks `(h, w)` uint8 of frames i and j, None without masks.
+        uncertainty: what the provider predicts for `forward`: sigma as `error`, hidden in j as
+            `occluded`. Sigma counts as a forward-backward error, which is about as large
+            (`preprocess/evidence/sigma.json`); the larger of the two is used. A point predicted
+            to be hidden is never reliable.
+
+    Source: OmniMotion (Wang et al., ICCV 2023), supplement: cycle and double-cycle tests.
+    """
+    error = cycle_error(forward, backward)
+    valid = inside(pixel_centers(forward.shape[:2]) + forward, forward.shape[:2])
+    closes = second_cycle_error(forward, backward) < threshold
+    occluded = (error > _OCCLUDED_FACTOR * threshold) & closes & valid
+    if uncertainty is not None:
+        error = np.maximum(error, uncertainty.error)
+        error = np.where(
+            uncertainty.occluded, np.maximum(error, _OCCLUDED_FACTOR * threshold), error
+        )
+        occluded = occluded | (uncertainty.occluded & valid)
+    if labels is not None:
+        valid = valid & labels_agree(forward, *labels)
+    return Evidence(error, occluded, valid)
+
+
+def cycle_error(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
+    """`(h, w)` pixels between a point and its image after i -> j -> i."""
+    return np.linalg.norm(compose(forward, backward), axis=-1)
+
+
+def second_cycle_error(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
+    """`(h, w)` pixels in j between the targets of i -> j and of i -> j -> i -> j.
+
+    Small for a point that its occluder hides in j: the occluder's own motion is consistent.
+    """
+    back = compose(forward, backward)
+    return np.linalg.norm(compose(back, forward) - forward, axis=-1)
+
+
+def labels_agree(flow: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """`(h, w)` bool: label where a pixel starts equals label where it lands, or one is unknown.
+
+    Args:
+        flow: `(h, w, 2)` pixels.
+        source: `(h, w)` uint8 labels of the source frame.
+        target: `(h, w)` uint8 labels of the target frame.
+    """
+    landed = sample(target, flow, cv2.INTER_NEAREST)
+    return (landed == source) | (landed == UNKNOWN) | (source == UNKNOWN)
+
+
+def gap_statistics(evidence: np.ndarray, pairs: np.ndarray, threshold: float) -> list[dict]:
+    """Per gap: shares of reliable and occluded pixels, median forward-backward error.
+
+    Args:
+        evidence: `(K, h, w)` uint8 as packed in the store.
+        pairs: `(K, 2)`.
+        threshold: pixels up to which a valid correspondence counts as reliable.
+    """
+    gaps = np.abs(pairs[:, 1] - pairs[:, 0])
+    meaning = unpack_evidence(np.arange(256, dtype=np.uint8))
+    statistics = []
+    for gap in np.unique(gaps):
+        counts = np.zeros(256, np.int64)
+        for k in np.flatnonzero(gaps == gap):
+            counts += np.bincount(evidence[k].ravel(), minlength=256)
+        reliable = meaning.valid & (meaning.error <= threshold)
+        statistics.append(
+            {
+                "gap": int(gap),
+                "reliable": float(counts[reliable].sum() / counts.sum()),
+                "occluded": float(counts[meaning.occluded].sum() / counts.sum()),
+                "median_error": _weighted_median(meaning.error, counts * meaning.valid),
+            }
+        )
+    return statistics
+
+
+def _weighted_median(values: np.ndarray, counts: np.ndarray) -> float:
+    """Median of `values` (N,) that occur `counts` (N,) times each; 0 if there are none."""
+    order = np.argsort(values, kind="stable")
+    total = np.cumsum(counts[order])
+    middle = np.searchsorted(total, total[-1] / 2)
+    return float(values[order][middle]) if total[-1] else 0.0

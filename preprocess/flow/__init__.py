@@ -1,0 +1,27 @@
+"""Dense flow between two frames, and between all scheduled pairs of a video.
+
+`provider` is the interface that every flow method implements, `dis` and `raft` are the two
+methods, and `registry` selects one of them. May import `omni.errors`, `omni.config`, `omni.maths`,
+`omni.system`, `omni.store`, and `preprocess.parallel`.
+"""
+
+from preprocess.flow.compute import compute_flows
+from preprocess.flow.dis import DisFlow
+from preprocess.flow.pairs import halfway, schedule
+from preprocess.flow.provider import FlowProvider, ImagePair, Motion
+from preprocess.flow.registry import accepts, resolve_provider
+from preprocess.flow.warp import compose, sample
+
+__all__ = [
+    "DisFlow",
+    "FlowProvider",
+    "ImagePair",
+    "Motion",
+    "accepts",
+    "compose",
+    "compute_flows",
+    "halfway",
+    "resolve_provider",
+    "sample",
+    "schedule",
+]

@@ -1,0 +1,163 @@
+"""Dense flow without any weights: OpenCV's DIS, refined, then sharpened at motion borders.
+
+The constants were selected by measurement (docs/experiments.md). Refinement fills textureless
+areas, block matching finds small objects that move far, sharpening takes back what refinement
+smears across borders, composed initial flows make far flows usable.
+"""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from preprocess.flow.blockmatch import block_match
+from preprocess.flow.photoconsistency import PhotoConsistency
+from preprocess.flow.provider import ImagePair, Motion
+
+__all__ = ["DisFlow"]
+
+Size = tuple[int, int]
+
+_NEAR_SCALES = (0.25, 0.31, 0.38, 0.46, 0.57, 0.7, 0.85, 1.0)
+_RESTART_SCALES = (0.5, 0.6, 0.7, 0.85, 1.0)
+_FAR_SCALES = (0.7, 0.85, 1.0)  # coarser ones would discard details of a composed initial flow
+_SMALLEST_SIDE = 32  # DIS refuses less than about 12 pixels, and the coarsest scale is a quarter
+_STRONG, _LIGHT = (5, 25), (3, 5)  # fixed-point and relaxation iterations
+
+# Grey levels of photo-consistency cost by which a later candidate must win over the earlier ones.
+_UNGUIDED = 2.0  # search without the initial flow, over search with it
+_MATCHED, _RESTARTED = 0.5, 0.1  # block matching over search, as found and after refinement
+_POLISHED = -0.3  # last smoothing: it may even be worse, for it makes flow cycle consistent
+_NARROW = 1.0  # flow propagated in narrow windows
+
+
+class DisFlow:
+    """Flow by dense inverse search plus variational refinement (a `FlowProvider`).
+
+    Sources: Kroeger et al., Fast Optical Flow using Dense Inverse Search, ECCV 2016; Brox et al.,
+    High Accuracy Optical Flow Estimation Based on a Theory for Warping, ECCV 2004; for sharpening
+    see `PhotoConsistency`.
+
+    Args:
+        workers: number of `estimate` calls the caller may run at the same time.
+    """
+
+    name = "dis-wide"
+    batch = 1
+    predicts_uncertainty = False
+
+    def __init__(self, workers: int = 1):
+        self.workers = workers
+
+    def estimate(
+        self, image1: np.ndarray, image2: np.ndarray, flow_init: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Flow `(h, w, 2)` float32 pixels from `image1` to `image2`, both `(h, w, 3)` uint8 RGB.
+
+        Args:
+            image1: source frame.
+            image2: target frame.
+            flow_init: `(h, w, 2)` initial flow in pixels for distant frames, None for adjacent
+                ones.
+        """
+        height, width = image1.shape[:2]
+        pad = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
+        images = _pad(image1, pad), _pad(image2, pad)
+        gray1, gray2 = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images)
+        consistency = PhotoConsistency(*images)
+        smooth1, smooth2 = _smooth(gray1), _smooth(gray2)
+        found = _search(gray1, gray2)
+        if flow_init is None:
+            flow = _refine(smooth1, smooth2, found, _NEAR_SCALES)
+            matched = consistency.choose([found, block_match(*images)], [0, _MATCHED])
+            matched = consistency.propagate(matched)
+            restarted = _refine(smooth1, smooth2, matched, _RESTART_SCALES)
+            flow = consistency.choose([flow, restarted], [0, _RESTARTED])
+        else:
+            flow_init = _pad(flow_init, pad)
+            guided = _search(gray1, gray2, flow_init.copy())
+            flow = consistency.choose([flow_init, guided, found], [0, 0, _UNGUIDED])
+            flow = _refine(smooth1, smooth2, flow, _FAR_SCALES)
+        flow = _sharpen(smooth1, smooth2, flow, consistency)
+        return np.ascontiguousarray(flow[:height, :width])
+
+    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[Motion]:
+        """Motion of each `(image1, image2, flow_init)`, by `estimate`."""
+        return [Motion(self.estimate(*pair)) for pair in pairs]
+
+
+def _search(
+    gray1: np.ndarray, gray2: np.ndarray, flow_init: np.ndarray | None = None
+) -> np.ndarray:
+    """Flow `(h, w, 2)` by dense inverse search, which overwrites `flow_init`."""
+    # A new object each time: after a guided search OpenCV's object keeps its initial flow for the
+    # plain ones that follow, and crashes when their size differs.
+    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search.setFinestScale(0)
+    # OpenCV takes None, against its stubs.
+    return _finite(search.calc(gray1, gray2, flow_init))  # type: ignore[arg-type]
+
+
+def _refine(
+    smooth1: np.ndarray, smooth2: np.ndarray, flow: np.ndarray, scales: Sequence[float]
+) -> np.ndarray:
+    """Flow refined from coarse to fine `scales`; median filters remove its outliers."""
+    size = np.array(smooth1.shape[::-1])
+    for scale in scales:
+        width, height = np.rint(size * scale).astype(int).tolist()
+        level = (width, height)
+        small1, small2 = (
+            cv2.resize(image, level, interpolation=cv2.INTER_AREA) for image in (smooth1, smooth2)
+        )
+        flow = _solve(small1, small2, _resize_flow(flow, level), *_STRONG)
+        flow = cv2.merge([cv2.medianBlur(channel, 3) for channel in cv2.split(flow)])
+    return flow
+
+
+def _sharpen(
+    smooth1: np.ndarray, smooth2: np.ndarray, flow: np.ndarray, consistency: PhotoConsistency
+) -> np.ndarray:
+    """Flow with motion borders back at image edges, and smooth between them."""
+    flow = consistency.propagate(flow)
+    polished = _solve(smooth1, smooth2, flow, *_LIGHT)
+    flow = consistency.choose([flow, polished], [0, _POLISHED])
+    return consistency.with_radius(1).propagate(flow, _NARROW)
+
+
+def _smooth(gray: np.ndarray) -> np.ndarray:
+    return cv2.GaussianBlur(gray.astype(np.float32) / 255, (0, 0), 0.6)
+
+
+def _solve(
+    smooth1: np.ndarray, smooth2: np.ndarray, flow: np.ndarray, fixed_point: int, relaxation: int
+) -> np.ndarray:
+    """Variational refinement of a copy of `flow`."""
+    solver = cv2.VariationalRefinement.create()
+    solver.setFixedPointIterations(fixed_point)
+    solver.setSorIterations(relaxation)
+    solver.setAlpha(3)
+    solver.setDelta(0.5)
+    solver.setGamma(5)
+    solver.setOmega(1.6)
+    return _finite(solver.calc(smooth1, smooth2, flow.copy()))
+
+
+def _resize_flow(flow: np.ndarray, level: Size) -> np.ndarray:
+    """A copy of `flow` at the size `level` (w, h), with its lengths scaled along."""
+    size = flow.shape[1::-1]
+    if size == level:
+        return flow.copy()
+    method = cv2.INTER_AREA if level[0] < size[0] else cv2.INTER_LINEAR
+    ratio = (np.array(level) / np.array(size)).astype(np.float32)
+    return cv2.resize(flow, level, interpolation=method) * ratio
+
+
+def _pad(array: np.ndarray, pad: Size) -> np.ndarray:
+    """`array` with `pad` (rows, columns) of replicated border added below and to the right."""
+    if pad == (0, 0):
+        return array
+    return cv2.copyMakeBorder(array, 0, pad[0], 0, pad[1], cv2.BORDER_REPLICATE)
+
+
+def _finite(flow: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(flow, copy=False, nan=0.0, posinf=0.0, neginf=0.0)

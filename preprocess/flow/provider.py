@@ -1,0 +1,59 @@
+"""The interface of every flow method, and the result for one pair of images.
+
+The methods themselves are `preprocess.flow.dis` and `preprocess.flow.raft.provider`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["FlowProvider", "ImagePair", "Motion"]
+
+ImagePair = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Source and target image `(h, w, 3)` uint8 RGB, and the initial flow `(h, w, 2)` or None."""
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Flow from one image to another and, from providers that predict it, its uncertainty.
+
+    flow: (h, w, 2) float32 pixels.
+    occlusion: (h, w) probability that the point is hidden in the second image, or None.
+    sigma: (h, w) standard deviation of the flow per axis in pixels, or None.
+    """
+
+    flow: np.ndarray
+    occlusion: np.ndarray | None = None
+    sigma: np.ndarray | None = None
+
+
+class FlowProvider(Protocol):
+    """Anything that maps two images to a dense flow.
+
+    Attributes:
+        name: identifies the method, its settings and its weights.
+        workers: how many `estimate` or `estimate_batch` calls may run at the same time.
+        batch: how many pairs `estimate_batch` is best given at once.
+        predicts_uncertainty: whether its motions carry `occlusion` and `sigma`.
+    """
+
+    name: str
+    workers: int
+    batch: int
+    predicts_uncertainty: bool
+
+    def estimate(
+        self, image1: np.ndarray, image2: np.ndarray, flow_init: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Flow `(h, w, 2)` float32 pixels between two `(h, w, 3)` uint8 RGB images.
+
+        `flow_init` is an initial flow in pixels, None for adjacent frames. The result depends on
+        the arguments alone.
+        """
+        ...
+
+    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[Motion]:
+        """Motion of each `(image1, image2, flow_init)`, all of one size; flow as by `estimate`."""
+        ...

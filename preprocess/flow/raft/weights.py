@@ -1,0 +1,109 @@
+"""Where RAFT's weights come from: given by the user, from torchvision, or embedded in a build."""
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchvision.models import optical_flow
+
+from omni.errors import OmniError
+
+__all__ = ["EMBEDDED", "Weights", "find_weights", "weights_digest"]
+
+EMBEDDED = Path(__file__).with_name("raft_small.safetensors")
+"""Our own weights, in builds that ship some (docs/model_card_raft.md)."""
+_DOWNLOAD_SECONDS = 10.0
+
+
+def weights_digest(path: str) -> str:
+    """Short hash of a weights file's content, empty for no path.
+
+    Raises:
+        OmniError: there is no such file.
+    """
+    if not path:
+        return ""
+    if not Path(path).is_file():
+        raise OmniError(f"flow.weights {path} is not a file: give a RAFT .pth or .safetensors file")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file, the architecture it is of (`large` or `small`), and where it comes from."""
+
+    path: Path
+    variant: str
+    origin: str
+
+    @property
+    def name(self) -> str:
+        """Identifies the weights by their content; those embedded in a build fit either variant.
+
+        Raises:
+            OmniError: there is no such file.
+        """
+        kind = "embedded" if self.origin == "embedded" else self.variant
+        return f"raft-{kind}-{weights_digest(str(self.path))}"
+
+
+def find_weights(variant: str, given: str = "") -> Weights:
+    """The weights to use: the file `given`, else torchvision's (cached, downloaded), else ours.
+
+    Args:
+        variant: `large` or `small`; ours are always small.
+        given: .pth or .safetensors file, or empty.
+
+    Returns:
+        Where they are; a `given` file is not opened yet.
+
+    Raises:
+        OmniError: there are no weights to be had.
+    """
+    if given:
+        return Weights(Path(given), variant, "given")
+    try:
+        return Weights(_torchvision_weights(variant), variant, "torchvision")
+    except (OSError, RuntimeError) as error:
+        if EMBEDDED.is_file():
+            return Weights(EMBEDDED, "small", "embedded")
+        raise OmniError(
+            f"RAFT weights are neither cached at {_torchvision_path(variant)} nor could be "
+            f"downloaded ({error}), and this build of omni embeds none: put the file there, name "
+            "one as flow.weights, or use flow.provider=dis"
+        ) from None
+
+
+def _torchvision_path(variant: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / _torchvision_url(variant).rsplit("/", 1)[1]
+
+
+def _torchvision_url(variant: str) -> str:
+    return getattr(optical_flow, f"Raft_{variant.capitalize()}_Weights").DEFAULT.url
+
+
+def _torchvision_weights(variant: str) -> Path:
+    """Path of torchvision's weights, downloaded if they are not cached."""
+    path = _torchvision_path(variant)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _short_timeout():
+            digest = path.stem.rsplit("-", 1)[1]
+            url = _torchvision_url(variant)
+            torch.hub.download_url_to_file(url, str(path), digest, progress=False)
+    return path
+
+
+@contextmanager
+def _short_timeout() -> Iterator[None]:
+    """torch.hub takes no timeout; without one an unreachable host blocks for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,232 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models.optical_flow import raft_small
+
+from omni.config import FlowConfig
+from omni.errors import OmniError
+from preprocess.flow.raft import weights as weights_module
+from preprocess.flow.raft.network import FlowNetwork
+from preprocess.flow.registry import accepts, resolve_provider
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return raft_small(weights=None).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def small_raft(weights):
+    return resolve_provider(FlowConfig("raft", weights=str(weights), raft="small"), "cpu")
+
+
+def images(size):
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+
+
+def test_split_network_equals_torchvision_forward(network, weights):
+    first, second = images((128, 136))
+    batches = (torch.from_numpy(i).movedim(-1, 0)[None] / 127.5 - 1 for i in (first, second))
+    with torch.no_grad():
+        expected = network(*batches, num_flow_updates=20)[-1][0].movedim(0, -1).numpy()
+    provider = small_raft(weights)
+    np.testing.assert_allclose(provider.estimate(first, second), expected, atol=1e-3)
+    again = provider.estimate(first, second)  # from cached features
+    np.testing.assert_allclose(again, expected, atol=1e-3)
+
+
+def test_initial_flow_enters_the_result_in_full_resolution_pixels(weights):
+    """Random weights change the flow little, so that the initial flow shows."""
+    first, second = images((128, 128))
+    provider = small_raft(weights)
+    flow_init = np.broadcast_to(np.float32([16, -8]), (128, 128, 2)).copy()
+    moved = provider.estimate(first, second, flow_init) - provider.estimate(first, second)
+    np.testing.assert_allclose(np.median(moved, axis=(0, 1)), [16, -8], atol=4)
+
+
+def test_small_and_odd_sizes_are_padded(weights):
+    flow = small_raft(weights).estimate(*images((50, 67)), np.zeros((50, 67, 2), np.float32))
+    assert flow.shape == (50, 67, 2) and flow.dtype == np.float32
+
+
+def test_safetensors_hold_the_same_weights(network, weights, tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_file(network.state_dict(), path)
+    pair = images((128, 128))
+    np.testing.assert_array_equal(
+        small_raft(path).estimate(*pair), small_raft(weights).estimate(*pair)
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_damaged_weights_are_named(tmp_path, content, suffix):
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(OmniError, match="bad.*RAFT-small"):
+        small_raft(path)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"layer": torch.zeros(3)}, path)
+    with pytest.raises(OmniError, match="does not hold"):
+        small_raft(path)
+
+
+def test_missing_weights_file_is_named(tmp_path):
+    with pytest.raises(OmniError, match="nowhere.pth is not a file"):
+        small_raft(tmp_path / "nowhere.pth")
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No network, an empty torch cache (returned), and a build without embedded weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(weights_module, "EMBEDDED", tmp_path / "none.safetensors")
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_without_any_weights_one_sentence_says_what_to_do(offline):
+    with pytest.raises(OmniError, match="this build of omni embeds none.*flow.provider=dis"):
+        resolve_provider(FlowConfig("raft"), "cpu")
+
+
+def test_auto_falls_back_to_dis_without_any_weights(offline, caplog):
+    caplog.set_level("INFO", "preprocess")
+    assert resolve_provider(FlowConfig("auto"), "cuda").name == "dis-wide"
+    assert "flow: DIS (RAFT weights are neither cached" in caplog.text
+
+
+def test_weights_are_the_given_else_torchvisions_else_the_embedded(
+    offline, weights, tmp_path, monkeypatch, caplog
+):
+    """Each of the three is another network, distinguished by its name."""
+    caplog.set_level("INFO", "preprocess")
+    embedded = tmp_path / "embedded.safetensors"
+    save_file(FlowNetwork("small", heads=True).weights(), embedded)
+    monkeypatch.setattr(weights_module, "EMBEDDED", embedded)
+
+    def resolved(**flow):
+        caplog.clear()
+        return resolve_provider(FlowConfig("raft", **flow), "cpu").name, caplog.text
+
+    name, log = resolved(raft="large")  # ours are small, whichever is configured
+    assert name.startswith("raft-embedded-") and "RAFT-small, embedded weights" in log
+    assert accepts(FlowConfig("raft", raft="large"), name)
+    assert not accepts(FlowConfig("raft", weights=str(weights), raft="small"), name)
+    cached = offline / weights_module._torchvision_path("small").name
+    torch.save(raft_small(weights=None).state_dict(), cached)
+    second, log = resolved(raft="small")
+    assert second.startswith("raft-small-") and "RAFT-small, torchvision weights" in log
+    third, log = resolved(raft="small", weights=str(weights))
+    assert third.startswith("raft-small-") and third != second and "given weights" in log
+
+
+@pytest.fixture(scope="module")
+def weights_with_heads(tmp_path_factory):
+    """Weights whose heads differ from pixel to pixel."""
+    torch.manual_seed(0)
+    network = FlowNetwork("small", heads=True)
+    torch.nn.init.normal_(network.heads[-1].weight, std=0.3)
+    path = tmp_path_factory.mktemp("weights") / "heads.safetensors"
+    save_file(network.weights(), path)
+    return path
+
+
+def test_a_batch_gives_what_its_pairs_give_alone(weights_with_heads):
+    draw = np.random.default_rng(2)
+    frames = draw.integers(0, 256, (3, 50, 67, 3), dtype=np.uint8)
+    flow_init = draw.normal(size=(50, 67, 2)).astype(np.float32)
+    pairs = [(frames[0], frames[1], flow_init), (frames[1], frames[2], None)]
+    provider = small_raft(weights_with_heads)
+    assert provider.predicts_uncertainty
+    together = provider.estimate_batch(pairs)
+    for motion, pair in zip(together, pairs, strict=True):
+        (alone,) = provider.estimate_batch([pair])
+        np.testing.assert_allclose(motion.flow, alone.flow, atol=2e-3)
+        np.testing.assert_allclose(motion.occlusion, alone.occlusion, atol=2e-3)
+        np.testing.assert_allclose(motion.sigma, alone.sigma, rtol=1e-2)
+        assert motion.sigma.shape == (50, 67) and motion.occlusion.std() > 0
+    np.testing.assert_array_equal(alone.flow, provider.estimate(*pairs[1]))
+
+
+def test_plain_weights_predict_no_uncertainty(weights):
+    (motion,) = small_raft(weights).estimate_batch([(*images((128, 128)), None)])
+    assert motion.occlusion is None and motion.sigma is None
+
+
+def test_auto_takes_dis_on_a_cpu(weights):
+    provider = resolve_provider(FlowConfig("auto", weights=str(weights), raft="small"), "cpu")
+    assert provider.name == "dis-wide"
+
+
+def test_auto_keeps_finished_flow_of_either_kind():
+    assert accepts(FlowConfig("auto"), "raft-large-0123abcd")
+    assert accepts(FlowConfig("auto"), "dis-wide")
+    assert not accepts(FlowConfig("auto"), "dis")
+    assert not accepts(FlowConfig("auto", raft="small"), "raft-large-0123abcd")
+    assert not accepts(FlowConfig("dis"), "raft-large-0123abcd")
+    assert not accepts(FlowConfig("raft"), "dis-wide")
+
+
+def test_finished_flow_of_a_weights_file_that_is_gone_is_kept_with_a_warning(tmp_path, caplog):
+    for provider in ("raft", "auto"):
+        flow = FlowConfig(provider, weights=str(tmp_path / "gone.pth"), raft="small")
+        assert accepts(flow, "raft-small-0123abcd")
+        assert "gone.pth is gone: keeping finished raft-small-0123abcd" in caplog.text
+        caplog.clear()
+        assert not accepts(flow, "raft-large-0123abcd")
+        assert accepts(flow, "dis-wide") == (provider == "auto")
+        assert not caplog.text
+
+
+def test_memory_that_runs_out_halves_the_batch_for_good(weights_with_heads, monkeypatch, caplog):
+    frames = np.random.default_rng(3).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    pairs = [(frames[t], frames[t + 1], None) for t in range(5)]
+    provider = small_raft(weights_with_heads)
+    expected = provider.estimate_batch(pairs)
+    forward, counts = provider._network.forward, []
+
+    def small(features, *rest):
+        counts.append(len(features))
+        if len(features) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(features, *rest)
+
+    monkeypatch.setattr(provider._network, "forward", small)
+    for _ in range(2):
+        for motion, same in zip(provider.estimate_batch(pairs), expected, strict=True):
+            np.testing.assert_allclose(motion.flow, same.flow, atol=2e-3)
+    assert counts == [5, 2, 2, 1, 2, 2, 1]
+    assert caplog.text.count("out of memory: continuing with RAFT batches of 2 pairs") == 1
+
+
+def test_one_pair_too_large_for_memory_fails_after_dropping_the_cached_frames(weights, monkeypatch):
+    provider, tries = small_raft(weights), []
+    frames = np.random.default_rng(3).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    provider.estimate(*frames[:2])
+
+    def never(*_):
+        tries.append(len(provider._encoded))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(provider._network, "forward", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        provider.estimate(*frames[2:])
+    assert tries == [4, 2]
+
+
+@pytest.mark.parametrize(("size", "room"), [((64, 64), 8), ((480, 854), 6), ((1080, 1920), 1)])
+def test_correlation_bounds_how_many_pairs_are_computed_at_once(weights, size, room):
+    assert small_raft(weights)._room(size) == room
