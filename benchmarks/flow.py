@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_providers(options: argparse.Namespace) -> dict[str, FlowProvider]:
-    """DIS refined and plain, our embedded RAFT where this build has one, and the given weights."""
+    """DIS, our embedded RAFT where this build has one, and the given weights."""
     workers = worker_count(options.threads)
     providers: dict[str, FlowProvider] = {"dis": DisFlow(workers)}
     if EMBEDDED.is_file():

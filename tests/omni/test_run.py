@@ -216,8 +216,7 @@ def optimized(clip, tmp_path_factory):
         count_calls(patch, lock, "_acquire", calls["run"])
         count_calls(patch, Store, "__init__", calls["run"])
         count_calls(patch, omni.run.stages, "load_config", calls["stages"])
-        count_calls(patch, omni.field.checkpoint, "load_config", calls["checkpoint"])
-        count_calls(patch, omni.field.checkpoint, "apply_settings", calls["checkpoint"])
+        count_calls(patch, omni.field.checkpoint, "parse_config", calls["checkpoint"])
         opened = omni.optimize(clip, tmp_path_factory.mktemp("optimized") / "run", None, TINY)
     return opened, calls
 

@@ -32,10 +32,10 @@ def write_clip(folder, num_frames=NUM_FRAMES, speed=2, seed=0):
     return folder
 
 
-def settings(resolution=40, workers=2, **flow):
+def settings(resolution=40, workers=2, max_gap=4, **flow):
     return Config(
         data=DataConfig(resolution=resolution),
-        flow=FlowConfig(provider="dis", max_gap=4, workers=workers, **flow),
+        flow=FlowConfig(provider="dis", max_gap=max_gap, workers=workers, **flow),
     )
 
 
