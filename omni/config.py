@@ -117,7 +117,8 @@ class RenderConfig:
     half_width: float = 0.15
     """guided samples lie within this depth of the surface map"""
     occlusion_margin: float = 0.1
-    """a point this much behind the rendered surface is hidden"""
+    """depth behind the rendered surface at which a point of the field alone is hidden: of fused
+    tracks it is a cue among others"""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, each ramped as a fraction of the run (see docs/method.md)."""
+    """Weights of the loss terms, each ramped as a fraction of the run (see docs/method.md).
+
+    The name of a field is the name of the term in `omni.field.objective`.
+    """
 
     robust: bool = True
     """flow residual: pseudo-Huber in units of sigma; else mean absolute pixels (paper)"""

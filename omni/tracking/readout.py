@@ -6,7 +6,7 @@ Letters: N points, T times or frames, M times.
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from omni.tracking.landmarks import Landmarks
 from omni.tracking.links import Links
 from omni.tracking.selection import (
     NUM_CANDIDATES,
-    THRESHOLD,
+    TRUST_THRESHOLD,
     Candidates,
     Selection,
     candidate_features,
@@ -207,7 +207,11 @@ class Reader:
             yield from self._candidates_of(frames, chains, field, path, rows)
 
     def _track_points(self, points: np.ndarray) -> tuple[Path, Confidence]:
-        """Paths and their confidence in every frame, processing pixels."""
+        """Paths and their confidence in every frame, processing pixels.
+
+        `visible`: the median over three frames of trust, P(visible and within 6 px), exceeds
+        TRUST_THRESHOLD; `_answer` adds the border of the frame.
+        """
         frames, chains, field = self._estimates(points)
         if field is None:
             path, values = self._cues(chains, frames)
@@ -217,18 +221,14 @@ class Reader:
 
         def select(rows: slice) -> Selection:
             parts = self._candidates_of(frames, chains, field, fused, rows)
-            return Selection.joined(
-                [
-                    select_candidates(network, features, candidates, self._scale)
-                    for candidates, features in parts
-                ]
-            )
+            select_one = partial(select_candidates, network, scale=self._scale)
+            return Selection.joined([select_one(features, part) for part, features in parts])
 
         at_once = self._points_for(GATHERED)
         selected = Selection.joined(run_in_slices(select, len(points), at_once, THREAD_BYTES))
         query = chains.queries(frames)
         path = smoothed_path(selected.xy, selected.sigma, frames, query, self.camera)
-        visible = median_filtered(selected.trust) > THRESHOLD
+        visible = median_filtered(selected.trust) > TRUST_THRESHOLD
         return path, Confidence(selected.visibility, selected.sigma, visible)
 
     def _estimates(self, points: np.ndarray) -> tuple[np.ndarray, Chains, FieldEstimate | None]:

@@ -5,7 +5,13 @@ pixels of the processing resolution per axis. Floor and slope are data, `sigma.j
 this module, fitted to exact ground truth by `scripts/calibrate.py`. A video may be harder or easier
 than the clips they were fitted on, which cycles show without ground truth: a flow over 2g frames
 against two flows over g. Their residual in units of the predicted sigma, relative to that on the
-calibration clips, is the correction.
+calibration clips, is the correction:
+
+    factor = median residual / median residual on the calibration clips, within [1/2, 2]
+    floor = factor * calibrated floor + NOISE        slope = factor * calibrated slope
+
+The store keeps `[floor, slope]` per gap in the notes of its evidence; `omni.tracking.links` and
+the batches of `omni.field.sampling` apply them to the error at a point.
 """
 
 import json

@@ -16,7 +16,7 @@ from omni.tracking.selection.candidates import (
 from omni.tracking.selection.features import candidate_features
 from omni.tracking.selection.flow_tracks import DirectFlow, Method, trace
 from omni.tracking.selection.network import (
-    THRESHOLD,
+    TRUST_THRESHOLD,
     Selection,
     SelectionNetwork,
     select_candidates,
@@ -33,7 +33,7 @@ __all__ = [
     "SOURCES",
     "Selection",
     "SelectionNetwork",
-    "THRESHOLD",
+    "TRUST_THRESHOLD",
     "candidate_features",
     "gather_candidates",
     "select_candidates",

@@ -29,7 +29,7 @@ from omni.tracking.selection.candidates import FUSED, Candidates
 __all__ = [
     "Selection",
     "SelectionNetwork",
-    "THRESHOLD",
+    "TRUST_THRESHOLD",
     "pool_neighbours",
     "select_candidates",
     "trained_network",
@@ -42,7 +42,7 @@ of two different tracks lies on neither of them."""
 POOL_RADII = (1.0, 3.0, 10.0)
 """Standard deviations of the Gaussian windows of pooling, pixels at a short side of 256."""
 
-THRESHOLD = 0.4
+TRUST_THRESHOLD = 0.4
 """Least P(visible and within 6 px) of a point called visible: J / (1 + J) is best for AJ at a
 Jaccard index J of 0.67."""
 
