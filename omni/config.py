@@ -117,8 +117,7 @@ class RenderConfig:
     half_width: float = 0.15
     """guided samples lie within this depth of the surface map"""
     occlusion_margin: float = 0.1
-    """depth behind the rendered surface at which a point of the field alone is hidden: of fused
-    tracks it is a cue among others"""
+    """depth behind the rendered surface from which a point of the field alone is hidden"""
 
 
 @dataclass(frozen=True)
@@ -340,15 +339,14 @@ def load_config(base: Config | str = "", overrides: typing.Sequence[str] = ()) -
 
 
 def parse_config(tree: Any, where: str) -> Config:
-    """Settings from a nested mapping that may come from an older version, or from anybody.
+    """Settings from an untrusted nested mapping, which an older version may have written.
 
     Args:
         tree: what a YAML file or a checkpoint holds.
         where: what to call it in messages.
 
     Raises:
-        OmniError: unknown key, wrong type, a value out of range, or a setting that is gone and had
-            another value than today's.
+        OmniError: unknown key, wrong type, value out of range, or a retired setting's other value.
     """
     config = apply_settings(Config(), _without_retired(tree, where), where)
     _check_limits(config)
