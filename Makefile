@@ -9,11 +9,14 @@ demo: .venv/installed
 	$(BIN)/omni optimize $(DEMO)/demo.mp4 -o $(DEMO)/run --config cpu
 	$(BIN)/python scripts/demo_report.py $(DEMO)
 
+# Two processes of one thread each: torch's own threads would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Hours: 30 kills, 20,000 crafted files for each reader (docs/reliability.md).
 faults: .venv/installed
