@@ -234,7 +234,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     threads: int = 0
-    """CPU threads of fit and read-out; 0: torch's choice"""
+    """CPU threads of fit and read-out; 0: one for the fit, torch's choice for the read-out"""
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

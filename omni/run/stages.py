@@ -20,7 +20,7 @@ from omni.field import Trainer, fit_key, fit_progress
 from omni.maths import grid_queries
 from omni.run.folder import Run, held, load, new_run, preprocessed_run
 from omni.store import Store
-from omni.system import locked, make_folder, refuse_folder, timed
+from omni.system import locked, make_folder, refuse_folder, timed, torch_threads
 from omni.tracking import Reader, Tracks, load_queries, long_tracks, write_dense
 from omni.video import write_video
 from omni.views import Summaries, draw_tracks, render_videos
@@ -121,7 +121,6 @@ def fit(
     """
     opened = run if isinstance(run, Run) else preprocessed_run(Path(run), config, overrides)
     store, settings, device = opened.store, opened.config, opened.device
-    opened.use_threads()
     matches = opened.matches
     if matches is not None and not settings.sampling.tracks:
         log.warning("imported matches are not used: sampling.tracks is 0")
@@ -130,8 +129,11 @@ def fit(
     if finished:
         log.info("the fit is finished")
         return
+    # Its operations are so small that threads spend their time waiting for each other, and many
+    # times more where another process needs a core.
     with (
         locked(opened.folder),
+        torch_threads(settings.threads or 1),
         timed(opened.folder, "fit") as record,
         Summaries(opened.folder / "tensorboard", settings, step) as summaries,
     ):

@@ -22,7 +22,7 @@ from omni.system.report import read_report, timed
 from omni.system.schema import Shorthand, apply_settings, digest, parse_yaml, shorten, to_dict
 from omni.system.signals import Interrupted, raise_interrupted, stop_signals
 from omni.system.stage import Stage
-from omni.system.threads import run_in_slices, single_threaded_opencv
+from omni.system.threads import run_in_slices, single_threaded_opencv, torch_threads
 
 __all__ = [
     "Finding",
@@ -54,6 +54,7 @@ __all__ = [
     "sync_folder",
     "timed",
     "to_dict",
+    "torch_threads",
     "unwritable",
     "write_atomic",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from omni.system.memory import available_memory
 
-__all__ = ["run_in_slices", "single_threaded_opencv"]
+__all__ = ["run_in_slices", "single_threaded_opencv", "torch_threads"]
 
 SMALLEST_PART = 64
 """Items below which another thread saves nothing."""
@@ -46,6 +46,19 @@ def run_in_slices(work: Callable[[slice], Any], count: int, most: int, memory: i
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(allowed)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch on so many CPU threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from preprocess.flow.blockmatch import block_match
+from preprocess.flow.frame import Frame
 from preprocess.flow.photoconsistency import PhotoConsistency
 from preprocess.flow.provider import ImagePair, Motion
 
@@ -62,23 +63,22 @@ class DisFlow:
         """
         height, width = image1.shape[:2]
         pad = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
-        images = _pad(image1, pad), _pad(image2, pad)
-        gray1, gray2 = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images)
-        consistency = PhotoConsistency(*images)
-        smooth1, smooth2 = _smooth(gray1), _smooth(gray2)
-        found = _search(gray1, gray2)
+        source, target = frames = [Frame(_pad(image, pad)) for image in (image1, image2)]
+        consistency = PhotoConsistency(source, target)
+        found = _search(source.gray, target.gray)
         if flow_init is None:
-            flow = _refine(smooth1, smooth2, found, _NEAR_SCALES)
-            matched = consistency.choose([found, block_match(*images)], [0, _MATCHED])
+            flow = _refine(frames, found, _NEAR_SCALES)
+            matched = block_match(source.image, target.image)
+            matched = consistency.choose([found, matched], [0, _MATCHED])
             matched = consistency.propagate(matched)
-            restarted = _refine(smooth1, smooth2, matched, _RESTART_SCALES)
+            restarted = _refine(frames, matched, _RESTART_SCALES)
             flow = consistency.choose([flow, restarted], [0, _RESTARTED])
         else:
             flow_init = _pad(flow_init, pad)
-            guided = _search(gray1, gray2, flow_init.copy())
+            guided = _search(source.gray, target.gray, flow_init.copy())
             flow = consistency.choose([flow_init, guided, found], [0, 0, _UNGUIDED])
-            flow = _refine(smooth1, smooth2, flow, _FAR_SCALES)
-        flow = _sharpen(smooth1, smooth2, flow, consistency)
+            flow = _refine(frames, flow, _FAR_SCALES)
+        flow = _sharpen(frames, flow, consistency)
         return np.ascontiguousarray(flow[:height, :width])
 
     def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[Motion]:
@@ -98,40 +98,31 @@ def _search(
     return _finite(search.calc(gray1, gray2, flow_init))  # type: ignore[arg-type]
 
 
-def _refine(
-    smooth1: np.ndarray, smooth2: np.ndarray, flow: np.ndarray, scales: Sequence[float]
-) -> np.ndarray:
+def _refine(frames: Sequence[Frame], flow: np.ndarray, scales: Sequence[float]) -> np.ndarray:
     """Flow refined from coarse to fine `scales`; median filters remove its outliers."""
-    size = np.array(smooth1.shape[::-1])
+    size = np.array(frames[0].size)
     for scale in scales:
         width, height = np.rint(size * scale).astype(int).tolist()
         level = (width, height)
-        small1, small2 = (
-            cv2.resize(image, level, interpolation=cv2.INTER_AREA) for image in (smooth1, smooth2)
-        )
-        flow = _solve(small1, small2, _resize_flow(flow, level), *_STRONG)
+        flow = _solve(frames, level, _resize_flow(flow, level), *_STRONG)
         flow = cv2.merge([cv2.medianBlur(channel, 3) for channel in cv2.split(flow)])
     return flow
 
 
 def _sharpen(
-    smooth1: np.ndarray, smooth2: np.ndarray, flow: np.ndarray, consistency: PhotoConsistency
+    frames: Sequence[Frame], flow: np.ndarray, consistency: PhotoConsistency
 ) -> np.ndarray:
     """Flow with motion borders back at image edges, and smooth between them."""
     flow = consistency.propagate(flow)
-    polished = _solve(smooth1, smooth2, flow, *_LIGHT)
+    polished = _solve(frames, frames[0].size, flow.copy(), *_LIGHT)
     flow = consistency.choose([flow, polished], [0, _POLISHED])
     return consistency.with_radius(1).propagate(flow, _NARROW)
 
 
-def _smooth(gray: np.ndarray) -> np.ndarray:
-    return cv2.GaussianBlur(gray.astype(np.float32) / 255, (0, 0), 0.6)
-
-
 def _solve(
-    smooth1: np.ndarray, smooth2: np.ndarray, flow: np.ndarray, fixed_point: int, relaxation: int
+    frames: Sequence[Frame], level: Size, flow: np.ndarray, fixed_point: int, relaxation: int
 ) -> np.ndarray:
-    """Variational refinement of a copy of `flow`."""
+    """Variational refinement of `flow` at the size `level` (w, h), which it overwrites."""
     solver = cv2.VariationalRefinement.create()
     solver.setFixedPointIterations(fixed_point)
     solver.setSorIterations(relaxation)
@@ -139,7 +130,8 @@ def _solve(
     solver.setDelta(0.5)
     solver.setGamma(5)
     solver.setOmega(1.6)
-    return _finite(solver.calc(smooth1, smooth2, flow.copy()))
+    smooth1, smooth2 = (frame.smooth(level) for frame in frames)
+    return _finite(solver.calc(smooth1, smooth2, flow))
 
 
 def _resize_flow(flow: np.ndarray, level: Size) -> np.ndarray:
@@ -148,8 +140,11 @@ def _resize_flow(flow: np.ndarray, level: Size) -> np.ndarray:
     if size == level:
         return flow.copy()
     method = cv2.INTER_AREA if level[0] < size[0] else cv2.INTER_LINEAR
-    ratio = (np.array(level) / np.array(size)).astype(np.float32)
-    return cv2.resize(flow, level, interpolation=method) * ratio
+    resized = cv2.resize(flow, level, interpolation=method)
+    for axis in (0, 1):
+        part = resized[..., axis]
+        np.multiply(part, np.float32(level[axis] / size[axis]), out=part)
+    return resized
 
 
 def _pad(array: np.ndarray, pad: Size) -> np.ndarray:
@@ -160,4 +155,6 @@ def _pad(array: np.ndarray, pad: Size) -> np.ndarray:
 
 
 def _finite(flow: np.ndarray) -> np.ndarray:
+    if np.isfinite(flow).all():
+        return flow
     return np.nan_to_num(flow, copy=False, nan=0.0, posinf=0.0, neginf=0.0)

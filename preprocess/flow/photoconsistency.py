@@ -13,15 +13,17 @@ from copy import copy
 import cv2
 import numpy as np
 
+from preprocess.flow.frame import Frame, features
 from preprocess.flow.warp import sample
 
-__all__ = ["PhotoConsistency", "difference", "features"]
+__all__ = ["QUARTER", "PhotoConsistency", "mismatch"]
 
 _RADIUS = 3  # pixels of the window, applied twice
-_SOFTNESS = 25.0  # grey levels squared: weaker edges do not separate
-_CAPS = 24.0, 8.0  # of colour and gradient, grey levels: more is an occlusion or a highlight
-_COLOR_SHARE = 0.5  # colour changes with the light, gradients hardly do
+_CAPS = 24, 8  # of colour and gradient, grey levels: more is an occlusion or a highlight
 _REACHES = (12, 6, 3)  # pixels from which flow is taken over, in turn
+
+QUARTER = np.float32(0.25)
+"""Grey levels in which `mismatch` counts."""
 
 
 class PhotoConsistency:
@@ -31,13 +33,13 @@ class PhotoConsistency:
     2013 (cost, guided filter); Lu et al., PatchMatch Filter, CVPR 2013 (propagation).
 
     Args:
-        image1: source, `(h, w, 3)` uint8 RGB.
-        image2: target, likewise.
+        source: the frame that flow starts from.
+        target: the frame that it leads to, of the same size.
     """
 
-    def __init__(self, image1: np.ndarray, image2: np.ndarray):
-        self._source, self._target = features(image1), features(image2)
-        self._guide = self._source[..., 0].astype(np.float32)
+    def __init__(self, source: Frame, target: Frame):
+        self._frame = source
+        self._source, self._target = features(source.image), features(target.image)
         self._set_radius(_RADIUS)
 
     def with_radius(self, radius: int) -> "PhotoConsistency":
@@ -51,8 +53,7 @@ class PhotoConsistency:
 
     def _set_radius(self, radius: int) -> None:
         self._box = (2 * radius + 1, 2 * radius + 1)
-        self._mean = self._box_mean(self._guide)
-        self._variance = self._box_mean(self._guide**2) - self._mean**2 + _SOFTNESS
+        self._guide, self._mean, self._variance = self._frame.guide(radius)
 
     def cost(self, flow: np.ndarray) -> np.ndarray:
         """`(h, w)` grey levels by which the surroundings of a pixel differ under its flow.
@@ -62,10 +63,18 @@ class PhotoConsistency:
         Args:
             flow: `(h, w, 2)` pixels, source to target.
         """
-        cost = difference(self._source, sample(self._target, flow))
+        apart = cv2.absdiff(self._source, sample(self._target, flow))
+        cost = mismatch(cv2.split(apart)) * QUARTER
         mean = self._box_mean(cost)
-        slope = (self._box_mean(cost * self._guide) - self._mean * mean) / self._variance
-        return self._box_mean(slope) * self._guide + self._box_mean(mean - slope * self._mean)
+        cost *= self._guide
+        slope = self._box_mean(cost)
+        slope -= np.multiply(self._mean, mean, out=cost)
+        slope /= self._variance
+        mean -= np.multiply(slope, self._mean, out=cost)
+        average = self._box_mean(slope)
+        average *= self._guide
+        average += self._box_mean(mean)
+        return average
 
     def _box_mean(self, values: np.ndarray) -> np.ndarray:
         return cv2.blur(values, self._box)
@@ -74,53 +83,56 @@ class PhotoConsistency:
         """Per pixel the flow `(h, w, 2)` of least cost; the first of equals.
 
         Args:
-            flows: candidates, `(h, w, 2)` pixels each.
+            flows: candidates, `(h, w, 2)` float32 pixels each.
             penalties: grey levels added to the cost of each.
         """
-        costs = [self.cost(flow) + extra for flow, extra in zip(flows, penalties, strict=True)]
-        return np.choose(np.argmin(costs, axis=0)[..., None], flows)
+        chosen = flows[0].copy()
+        least = self.cost(flows[0]) + penalties[0]
+        for flow, extra in zip(flows[1:], penalties[1:], strict=True):
+            _replace(chosen, least, flow, self.cost(flow) + extra)
+        return chosen
 
     def propagate(self, flow: np.ndarray, margin: float = 0.2) -> np.ndarray:
         """`flow` with better flow of neighbours taken over, from up to 21 pixels away.
 
         Args:
-            flow: `(h, w, 2)` pixels.
+            flow: `(h, w, 2)` float32 pixels.
             margin: grey levels by which the cost of a neighbour's flow must be lower.
 
         Returns:
             `(h, w, 2)` pixels.
         """
+        flow = flow.copy()
         least = self.cost(flow) - margin
         for reach in _REACHES:
             for other in _neighbours(flow, reach):
-                cost = self.cost(other)
-                flow = np.where((cost < least)[..., None], other, flow)
-                least = np.minimum(cost, least)
+                _replace(flow, least, other, self.cost(other))
         return flow
 
 
-# Channels that are summed to colour and to gradient.
-_GROUPS = np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], np.float32)
+def mismatch(differences: Sequence[np.ndarray]) -> np.ndarray:
+    """Difference of two pixels in colour and gradient, capped, in `QUARTER`s of a grey level.
 
-
-def features(image: np.ndarray) -> np.ndarray:
-    """Grey, red minus blue and the two gradients, `(h, w, 4)` uint8: bytes are fast to sample.
+    Half the mean of the colours, for they change with the light, and the mean of the gradients.
+    Sums of bytes are exact: a sum that exceeds 255 exceeds the caps.
 
     Args:
-        image: `(h, w, 3)` uint8 RGB.
+        differences: absolute ones of the four channels of `features`, uint8 of any shape.
     """
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    slopes = (cv2.Sobel(gray, cv2.CV_16S, *axes, ksize=3) // 4 for axes in ((1, 0), (0, 1)))
-    red, _, blue = cv2.split(image.astype(np.int16))
-    signed = [(red - blue) // 2, *slopes]
-    return cv2.merge([gray, *(np.clip(v + 128, 0, 255).astype(np.uint8) for v in signed)])
+    gray, chroma, across, down = differences
+    color = _capped(cv2.add(gray, chroma), 2 * _CAPS[0])
+    gradient = _capped(cv2.add(across, down), 2 * _CAPS[1])
+    return cv2.add(cv2.add(color, gradient), gradient)
 
 
-def difference(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """`(h, w)` float32 grey levels between two `(h, w, 4)` `features`, pixel by pixel, capped."""
-    both = cv2.transform(cv2.absdiff(source, target).astype(np.float32), _GROUPS)
-    color, gradient = cv2.split(both)
-    return _COLOR_SHARE * np.minimum(color, _CAPS[0]) + np.minimum(gradient, _CAPS[1])
+def _capped(values: np.ndarray, cap: int) -> np.ndarray:
+    return cv2.threshold(values, cap, 0, cv2.THRESH_TRUNC, values)[1]
+
+
+def _replace(flow: np.ndarray, least: np.ndarray, other: np.ndarray, cost: np.ndarray) -> None:
+    """Overwrite `flow` and its cost `least` where the `cost` of the `other` flow is lower."""
+    cv2.copyTo(other, (cost < least).view(np.uint8), flow)
+    np.minimum(cost, least, out=least)
 
 
 def _neighbours(flow: np.ndarray, reach: int) -> Iterator[np.ndarray]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 import omni
 import omni.field.checkpoint
@@ -14,6 +15,7 @@ from omni import run as runs
 from omni.cli import main
 from omni.config import load_config, to_yaml
 from omni.errors import OmniError
+from omni.field import Trainer
 from omni.field.checkpoint import fit_progress, save_checkpoint
 from omni.maths.coords import grid_queries
 from omni.store import Store
@@ -103,6 +105,26 @@ def test_a_crafted_checkpoint_gives_no_progress(tmp_path, changes):
     assert fit_progress(path, "k") == (3, True)
     save_checkpoint(path, {"key": "k", "step": 3, "finished": True} | changes)
     assert fit_progress(path, "k") == (0, False)
+
+
+def test_a_fit_computes_on_one_thread_and_gives_the_others_back(run, small_config, monkeypatch):
+    """Threads of small operations wait for each other, most of all on a shared machine."""
+    counts, step = [], Trainer.train_step
+
+    def counted(trainer):
+        counts.append(torch.get_num_threads())
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    config = replace(small_config, device="cpu", optim=replace(small_config.optim, steps=2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        runs.fit(run, config)
+        runs.fit(run, replace(config, seed=1, threads=2))
+        assert counts == [1, 1, 2, 2] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

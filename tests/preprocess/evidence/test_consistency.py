@@ -9,6 +9,7 @@ from preprocess.evidence.consistency import (
     labels_agree,
     second_cycle_error,
 )
+from preprocess.flow import compose
 
 SIZE = 24, 32
 
@@ -102,3 +103,15 @@ def test_predicted_uncertainty_lowers_reliability_and_never_raises_it():
     without = assess(forward, forward + 5, 1.5)
     for name in ("error", "occluded", "valid"):
         np.testing.assert_array_equal(getattr(bad, name), getattr(without, name))
+
+
+def test_errors_are_the_norms_of_both_cycles_to_the_bit():
+    forward, backward = np.random.default_rng(0).normal(0, 3, (2, *SIZE, 2)).astype(np.float32)
+    back = compose(forward, backward)
+    first = np.linalg.norm(back, axis=-1)
+    second = np.linalg.norm(compose(back, forward) - forward, axis=-1)
+    evidence = assess(forward, backward, 1.5)
+    np.testing.assert_array_equal(evidence.error, first)
+    np.testing.assert_array_equal(second_cycle_error(forward, backward), second)
+    expected = (first > 2.25) & (second < 1.5) & evidence.valid
+    np.testing.assert_array_equal(evidence.occluded, expected)

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 from pictures import texture
 
-from preprocess.flow.blockmatch import block_match
+from preprocess.flow.blockmatch import _DISPLACEMENTS, block_match
 from preprocess.flow.dis import DisFlow, _search
+from preprocess.flow.frame import features
+from preprocess.flow.photoconsistency import mismatch
 
 SIZE = (256, 320)
 SQUARE = np.s_[100:124, 60:84]
@@ -47,3 +49,17 @@ def test_flow_of_a_small_object_that_moves_by_more_than_its_size_is_exact():
     grays = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in sliding((-26, 18))]
     coarse_to_fine = _search(*grays)
     assert np.median(np.linalg.norm(coarse_to_fine[INNER] - motion, axis=-1)) > 5
+
+
+@pytest.mark.parametrize("size", [(50, 60), (33, 7), (2, 90)])
+def test_of_all_displacements_the_first_of_the_least_cost_is_chosen(size):
+    images = texture(size), cv2.blur(np.roll(texture(size), (1, -2), (0, 1)), (5, 5))
+    source, target = map(features, images)
+    padded = np.pad(target, ((16, 16), (16, 16), (0, 0)), "edge")
+    costs = []
+    for dx, dy in _DISPLACEMENTS + 16:
+        moved = padded[dy : dy + size[0], dx : dx + size[1]]
+        apart = mismatch(cv2.split(cv2.absdiff(source, np.ascontiguousarray(moved))))
+        costs.append(cv2.blur(apart.astype(np.float32), (7, 7)))
+    expected = _DISPLACEMENTS[np.argmin(costs, axis=0)]
+    np.testing.assert_array_equal(block_match(*images), expected)

@@ -7,7 +7,8 @@ import pytest
 from pictures import texture
 
 from omni.system.threads import single_threaded_opencv
-from preprocess.flow.dis import DisFlow, _search
+from preprocess.flow.dis import DisFlow, _refine, _search
+from preprocess.flow.frame import Frame
 
 CLIP = Path(__file__).parents[3].parent / "shared/data/synthetic/dev/stack.npz"
 
@@ -85,3 +86,25 @@ def test_refinement_fills_textureless_areas_of_a_rendered_clip():
     )
     assert np.median(refined) < 0.3 * np.median(plain)
     assert refined.mean() < 0.2
+
+
+def test_a_frame_has_the_same_parts_in_any_order_and_leaves_its_image_alone():
+    image = texture((64, 72))
+    given, sizes = image.copy(), [(72, 64), (36, 32), (50, 45)]
+    first, second = Frame(image), Frame(image)
+    there = {size: first.smooth(size) for size in sizes}
+    back = {size: second.smooth(size) for size in sizes[::-1]}
+    for size in sizes:
+        np.testing.assert_array_equal(there[size], back[size])
+        assert there[size].shape == size[::-1] and first.smooth(size) is there[size]
+    np.testing.assert_array_equal(image, given)
+
+
+def test_refinement_leaves_the_shared_parts_of_a_frame_and_the_initial_flow_alone():
+    image = texture((64, 72))
+    frames = [Frame(image), Frame(shifted(image, 2, 1))]
+    flow_init = np.ones((64, 72, 2), np.float32)
+    once, again = (_refine(frames, flow_init, (0.5, 1.0)) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    estimate = DisFlow().estimate(image, frames[1].image, flow_init)
+    assert np.isfinite(estimate).all() and (flow_init == 1).all()
