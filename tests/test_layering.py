@@ -127,7 +127,7 @@ def test_a_package_offers_what_its_all_says():
 @pytest.mark.parametrize("path", sources("omni/field/model"), ids=name_of)
 def test_the_networks_import_no_path_and_no_store(path):
     assert known(path) <= MODEL_MAY_USE
-    standard = {"importlib", "logging", "math", "collections", "dataclasses", "typing"}
+    standard = {"importlib", "logging", "math", "collections", "dataclasses", "functools", "typing"}
     assert imports(path)[1] <= {"torch", "tinycudann", *standard}
 
 

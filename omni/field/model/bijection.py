@@ -6,7 +6,7 @@ Points are `(K, N, 3)`: K groups that share one time, N points each, last axis x
 in `[-1, 1]` (x, y normalised, z = depth - 1). Letters: C couplings, H hidden width, T frames.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -93,8 +93,10 @@ class Coupling(nn.Module):
         split = self.entry.in_features - code.shape[-1]
         return (code @ self.entry.weight[:, split:].T + self.entry.bias)[:, None]
 
-    def scale_shift(self, encoded: list[Tensor], embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """`s` and `t`, each `(K, N)`, from the encodings of all axes and `embed`'s result."""
+    def scale_shift(
+        self, encoded: Mapping[int, Tensor], embedding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`s` and `t`, each `(K, N)`, from the encodings of the axes kept and `embed`'s result."""
         h = torch.cat([encoded[a] for a in self.kept], dim=-1)
         for layer in self.pre:
             h = leaky_relu(layer(h))
@@ -167,9 +169,15 @@ class RealNVP(nn.Module):
 
     def _sweep(self, points: Tensor, pairs: list, inverse: bool) -> tuple[Tensor, Tensor]:
         values = list(points.unbind(-1))
-        encoded = [self._encode(v, pairs) for v in values]
+        # Each axis is encoded when a coupling first reads it: what none reads costs nothing.
+        encoded: dict[int, Tensor] = {}
         log_det = torch.zeros_like(values[0])
         for layer, embedding in pairs:
+            for kept in layer.kept:
+                if kept not in encoded:
+                    # In the networks' precision, whatever the points'.
+                    value = values[kept].to(embedding.dtype)
+                    encoded[kept] = positional_encoding(value, self.octaves)
             scale, shift = (v.to(points.dtype) for v in layer.scale_shift(encoded, embedding))
             axis = layer.axis
             if inverse:
@@ -178,12 +186,8 @@ class RealNVP(nn.Module):
             else:
                 values[axis] = (values[axis] - shift) * (-scale).exp()
                 log_det = log_det - scale
-            encoded[axis] = self._encode(values[axis], pairs)
+            encoded.pop(axis, None)
         return torch.stack(values, dim=-1), log_det
-
-    def _encode(self, value: Tensor, pairs: list) -> Tensor:
-        """Encoding in the networks' precision, whatever the points'."""
-        return positional_encoding(value.to(pairs[0][1].dtype), self.octaves)
 
 
 class GlobalMotion(nn.Module):

@@ -8,6 +8,7 @@ checkpoint written with one loads into the other.
 import importlib.util
 import logging
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,9 +31,14 @@ def positional_encoding(x: Tensor, octaves: int) -> Tensor:
 
     Source: Mildenhall et al., NeRF, eq. 4, with the raw coordinate kept as in OmniMotion.
     """
-    frequencies = math.pi * 2.0 ** torch.arange(octaves, device=x.device, dtype=x.dtype)
-    angles = x[..., None] * frequencies
+    angles = x[..., None] * _frequencies(octaves, x.device, x.dtype)
     return torch.cat([x[..., None], angles.sin(), angles.cos()], dim=-1)
+
+
+@cache
+def _frequencies(octaves: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # such a tensor could not be used in training any more
+        return math.pi * 2.0 ** torch.arange(octaves, device=device, dtype=dtype)
 
 
 def encoded_width(octaves: int) -> int:
