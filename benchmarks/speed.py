@@ -21,7 +21,7 @@ from pathlib import Path
 
 from quality import unpack
 from record import markdown, write_record
-from stages import STAGES, has_exact_export, measure
+from stages import STAGES, measure
 
 from omni.config import load_config
 from omni.errors import OmniError
@@ -148,8 +148,6 @@ def dense(options: argparse.Namespace, clip: Path, threads: int) -> Rows:
     measure("fit", run)
     frames = Store.open(run).num_frames
     answers = {"dense": [], "dense, one time": [f"--time={frames - 1}"]}
-    if has_exact_export():
-        answers |= {f"{name}, exact": [*how, "--exact"] for name, how in answers.items()}
     for stride, (name, how) in itertools.product(options.strides, answers.items()):
         row = measure("dense", run, how=[*how, f"--stride={stride}"])
         each = {"ms_per_pixel": round(1000 * row["seconds"] / row["pixels"], 4)}
@@ -189,7 +187,7 @@ def table(part: str, rows: list[dict], beside: dict[str, list[dict]]) -> str:
     columns = ["clip", "frames", "threads", "stage"]
     columns += ["stride", "pixels"] if part == "dense" else []
     shown = list(dict.fromkeys(["seconds", "cpu_seconds", measured, "peak_mb", "tree_mb"]))
-    grew = ["of 50 frames"] if part == "growth" else []
+    grew = [f"CPU of {GREW_FROM} frames"] if part == "growth" else []
     older = {name: {_key(row): row for row in old} for name, old in beside.items()}
     lines = []
     for row in rows:

@@ -8,7 +8,6 @@ benchmarks call `measure`.
 
 import argparse
 import contextlib
-import inspect
 import json
 import os
 import resource
@@ -26,7 +25,7 @@ import uninstalled  # noqa: F401 - before omni
 from omni.errors import OmniError
 from omni.system import read_report
 
-__all__ = ["STAGES", "has_exact_export", "measure"]
+__all__ = ["STAGES", "measure"]
 
 STAGES = ("preprocess", "chains", "fit", "export", "visualize")
 """Stages of `omni.optimize` in their order, by their names in `report.json`."""
@@ -56,10 +55,11 @@ def measure(
         config: preset or YAML file, for `preprocess`; later stages read the run's own settings.
         settings: `section.key=value` texts laid over it.
         timeout: seconds after which the process is stopped; it then has GRACE to save its state.
-        how: further options of this script, for `dense`.
+        how: further options of this script.
 
     Returns:
-        `seconds` and `peak_mb` of `report.json` (and `gpu_mb` on a GPU); `cpu_seconds` of the
+        `seconds` and `peak_mb` of `report.json` (and `gpu_mb` on a GPU); the peak is at least that
+        of the process that starts this one, .6 GB where it imports `omni`. `cpu_seconds` of the
         process and of those it started, without imports; `tree_mb`, the largest memory that all of
         them held together (Linux; shared pages count once); for `dense` also `pixels`, `times`.
 
@@ -101,9 +101,9 @@ def run_watched(command: Sequence[str], timeout: float | None, name: str) -> int
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE)
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of its session
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         output.seek(0)
         lines = output.read().decode(errors="replace").split("\n")
     if over:
@@ -135,26 +135,20 @@ def _proportional(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def has_exact_export() -> bool:
-    """Whether `omni export` has a faster dense answer beside that for each pixel on its own."""
-    from omni import run as runs
-
-    return "exact" in inspect.signature(runs.export).parameters
-
-
 def main() -> None:
     """Run one stage and write what it took."""
     options = _parse()
-    import preprocess
-    from omni import run as runs  # not counted
+    import preprocess  # both now, so that their time is not counted
+    from omni import run as runs
 
     assert preprocess.prepare
-    before = _cpu_seconds()
-    details = {}
+    fitted = options.action in ("export", "visualize", "dense")
+    run = runs.load(options.run, options.device) if fitted else None
+    before, details = _cpu_seconds(), {}
     if options.action == "dense":
-        details = _dense(runs, options)
+        details = _dense(run, options)
     else:
-        _stage(runs, options)
+        _stage(run, options)
     cpu = _cpu_seconds() - before
     stage = read_report(options.run)["stages"]["export" if details else options.action]
     record = {"seconds": stage["seconds"], "cpu_seconds": round(cpu, 2)}
@@ -172,42 +166,40 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--video", type=Path)
     parser.add_argument("--config", help="preset or YAML file; default: the run's own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", default="auto", help="of stages after the fit")
     parser.add_argument("--result", type=Path, required=True, help="JSON to write")
     parser.add_argument("--stride", type=int, default=1, help="of a dense export, pixels")
     parser.add_argument("--time", type=float, help="the only time of a dense export, frames")
-    parser.add_argument("--exact", action="store_true", help="each pixel on its own")
     return parser.parse_args()
 
 
-def _stage(runs, options: argparse.Namespace) -> None:
-    run = options.run
+def _stage(run, options: argparse.Namespace) -> None:
+    """Do one stage; `run` is open for those after the fit."""
+    from omni import run as runs
+
     if options.action == "preprocess":
-        runs.preprocess_video(options.video, run, options.config, options.set)
+        runs.preprocess_video(options.video, options.run, options.config, options.set)
     elif options.action == "chains":
-        runs.track(options.video, run, options.config, options.set)
+        runs.track(options.video, options.run, options.config, options.set)
     elif options.action == "fit":
-        runs.fit(run, options.config, options.set)
+        runs.fit(options.run, options.config, options.set)
     elif options.action == "export":
-        runs.export(run, run / "tracks.npz")
+        runs.export(run, options.run / "tracks.npz")
     else:
         runs.visualize(run)
 
 
-def _dense(runs, options: argparse.Namespace) -> dict[str, int]:
+def _dense(run, options: argparse.Namespace) -> dict[str, int]:
     """Export a grid of frame 0 to a file that is removed; its points and times."""
+    from omni import run as runs
     from omni.maths import pixel_centers
-    from omni.store import Store
 
-    store = Store.open(options.run)
     times = None if options.time is None else np.array([options.time], np.float32)
-    exact = {"exact": True} if options.exact else {}
     with tempfile.TemporaryDirectory(dir=options.run) as folder:
         path = Path(folder) / "dense.npz"
-        runs.export(
-            options.run, path, frame=0, grid=options.stride, dense=True, times=times, **exact
-        )
-    grid = pixel_centers(store.video_size, options.stride)
-    count = store.num_frames if times is None else len(times)
+        runs.export(run, path, frame=0, grid=options.stride, dense=True, times=times)
+    grid = pixel_centers(run.store.video_size, options.stride)
+    count = run.store.num_frames if times is None else len(times)
     return {"pixels": grid.shape[0] * grid.shape[1], "times": count}
 
 

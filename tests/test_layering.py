@@ -146,6 +146,29 @@ def test_training_of_the_flow_network_imports_nothing_of_tracks_and_nothing_impo
             assert "preprocess.training" not in known(path), name_of(path)
 
 
+def length_of(function):
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    lines = function.end_lineno - function.lineno + 1
+    return lines - (first.end_lineno - first.lineno + 1 if documented else 0)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_and_functions_stay_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    assert not [function.name for function in functions if length_of(function) > 60]
+
+
+def test_packages_stay_small():
+    for package in PACKAGES:
+        assert len(list((REPO / package.replace(".", "/")).glob("*.py"))) <= 12, package
+    tracked = [p.name for p in (REPO / "omni").iterdir() if p.name != "__pycache__"]
+    assert len(tracked) <= 15
+
+
 def test_the_tree_of_the_tests_is_that_of_the_code():
     for folder in ("omni", "preprocess"):
         places = {p.parent.relative_to(REPO / "tests") for p in sources(f"tests/{folder}")}

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from omni.config import load_config
 from omni.errors import OmniError
 from omni.synthetic import make_clip
 
@@ -97,12 +96,6 @@ def test_parts_that_fail_or_have_no_time_are_recorded(script, monkeypatch):
     assert failed["error"].startswith("ZeroDivisionError") and "8 minutes" in skipped["skipped"]
     results = {"tests": failed, "dense": skipped, "steps": {"default": {"steps_per_second": 2}}}
     assert "| steps | default | steps_per_second 2 |" in gpu.summary(results)
-
-
-def test_every_way_to_compute_a_step_is_a_setting(script):
-    names, settings = zip(*script("gpu").capture_choices(), strict=True)
-    assert names[0] == "default" and len(set(names)) == len(names)
-    assert all(load_config("default", choice) for choice in settings)
 
 
 def test_what_reads_and_writes_videos_may_be_missing():
