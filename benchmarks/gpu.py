@@ -263,7 +263,8 @@ def stages(options: argparse.Namespace, end: float) -> Result:
     total = round(sum(row["seconds"] for row in done), 1)
     whole = {"seconds": total, "gpu_mb": max((row.get("gpu_mb", 0) for row in done), default=0)}
     rows["total" if len(done) == len(rows) else "total of those finished"] = whole
-    return {"source": str(source), "frames": sizes.frames, **result, "stages": rows}
+    shown = source.name if source.is_relative_to(folder) else str(source)
+    return {"source": shown, "frames": sizes.frames, **result, "stages": rows}
 
 
 def steps(options: argparse.Namespace) -> Result:
