@@ -11,14 +11,13 @@ fitted, and half way between them.
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from quality import COLUMNS, Clip, find_clips, fitted, prepared, table
-from record import machine
+from record import write_record
 from torch import Tensor
 
 import omni.field.model.field
@@ -29,7 +28,6 @@ from omni.evaluation import DISTANCES, delta, evaluate, queries
 from omni.field import RealNVP
 from omni.maths import rescale
 from omni.store import Store
-from omni.system import write_atomic
 from omni.tracking import Reader, Tracks
 
 SETTINGS = {
@@ -77,8 +75,7 @@ def main() -> None:
             print(f"{clip.name} {variant}: delta {rows[-1]['delta_avg']:.3f}", file=sys.stderr)
     print(table(rows))
     if options.out:
-        record = {"command": sys.argv[1:], "machine": machine(), "results": rows}
-        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+        write_record(options.out, results=rows)
 
 
 def parse() -> argparse.Namespace:

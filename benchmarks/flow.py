@@ -9,7 +9,6 @@ Far flows start from composed near ones, as in `preprocess`; sigma is that of it
 """
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -21,13 +20,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from record import commit, machine
+from record import write_record
 from tqdm import tqdm
 
 from omni.errors import OmniError
 from omni.maths import decode_flow, pixel_centers, unpack_evidence
 from omni.store import UNCERTAINTY_ARRAY, Store
-from omni.system import write_atomic
 from omni.tracking import read_arrays, sample_flow
 from preprocess.evidence import NOISE, assess, calibrated
 from preprocess.flow import DisFlow, FlowProvider, compute_flows, halfway
@@ -86,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(name, results[name]), flush=True)
     if options.out:
         names = {label: provider.name for label, provider in providers.items()}
-        record = {"commit": commit(), "command": sys.argv[1:], "machine": machine()}
-        record |= {"providers": names, "results": results}
-        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+        write_record(options.out, providers=names, results=results)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from record import commit, machine
+from record import write_record
 
 from omni import run as runs
 from omni.config import Config, load_config
 from omni.errors import OmniError
 from omni.evaluation import Truth, baseline, evaluate, load_truth, queries
 from omni.store import Store
-from omni.system import digest, to_dict, write_atomic
+from omni.system import digest, to_dict
 from omni.tracking import Reader, read_arrays
 
 METHODS = ("ours", "chains", "mft", "chain", "direct")
@@ -59,14 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{clip.name} {method} {seed}: AJ {_cell('AJ', row)}", file=sys.stderr)
     print(table(rows))
     if options.out:
-        record = {
-            "commit": commit(),
-            "command": sys.argv[1:],
-            "config": to_dict(config),
-            "machine": machine(),
-            "results": rows,
-        }
-        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+        write_record(options.out, config=to_dict(config), results=rows)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -10,21 +10,19 @@ pictures rendered from the canonical volume, every eighth frame. Fits are those 
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from ablation import SETTINGS, field_alone
 from quality import Clip, find_clips, fitted, table
-from record import commit, machine
+from record import write_record
 
 from omni import run as runs
 from omni.config import Config, load_config
 from omni.errors import OmniError
 from omni.evaluation import evaluate, queries, scored_frames
 from omni.maths import rescale
-from omni.system import write_atomic
 from omni.tracking import Reader
 
 TERMS = {
@@ -57,9 +55,7 @@ def main() -> None:
                 print(rows[-1], file=sys.stderr)
     print(table(rows, COLUMNS, by="terms"))
     if options.out:
-        record = {"commit": commit(), "command": sys.argv[1:], "machine": machine()}
-        record["results"] = rows
-        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+        write_record(options.out, results=rows)
 
 
 def measure(clip: Clip, cache: Path, config: Config) -> dict[str, float]:

@@ -11,7 +11,6 @@ by PyTorch's FLOP counter, divided by the rays of its batch.
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from ablation import field_alone
 from quality import Clip, find_clips, prepared
-from record import machine
+from record import machine, write_record
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -32,7 +31,6 @@ from omni.evaluation import evaluate, queries
 from omni.field import Trainer
 from omni.run import make_trainer
 from omni.store import Store
-from omni.system import write_atomic
 from omni.tracking import Reader
 
 PROBE = 10
@@ -59,7 +57,6 @@ def main() -> None:
             break
     enough = reached[-1]["delta_avg"] >= goal["delta_avg"]
     record = {
-        "command": sys.argv[1:],
         "machine": machine() | {"threads": options.threads},
         "clip": clip.name,
         "paper": goal,
@@ -70,7 +67,7 @@ def main() -> None:
     }
     print(table(record))
     if options.out:
-        write_atomic(options.out, json.dumps(record, indent=1, allow_nan=False).encode())
+        write_record(options.out, **record)
 
 
 def parse() -> argparse.Namespace:

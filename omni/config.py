@@ -325,7 +325,7 @@ def load_config(base: Config | str = "", overrides: typing.Sequence[str] = ()) -
     """
     config = base if isinstance(base, Config) else Config()
     if isinstance(base, str) and base:
-        config = parse_config(_read_yaml(base), where=base)
+        config = apply_settings(config, _without_retired(_read_yaml(base), base), where=base)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:

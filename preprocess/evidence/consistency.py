@@ -12,10 +12,9 @@ from preprocess.flow import compose, sample
 
 __all__ = [
     "assess",
-    "cycle_error",
+    "cycle_errors",
     "gap_statistics",
     "labels_agree",
-    "second_cycle_error",
 ]
 
 _OCCLUDED_FACTOR = 1.5  # times the threshold: the least error of an occluded point
@@ -42,11 +41,9 @@ def assess(
 
     Source: OmniMotion (Wang et al., ICCV 2023), supplement: cycle and double-cycle tests.
     """
-    back = compose(forward, backward)
-    error = _length(back)
+    error, second = cycle_errors(forward, backward)
     valid = inside(pixel_centers(forward.shape[:2]) + forward, forward.shape[:2])
-    closes = _length(compose(back, forward) - forward) < threshold
-    occluded = (error > _OCCLUDED_FACTOR * threshold) & closes & valid
+    occluded = (error > _OCCLUDED_FACTOR * threshold) & (second < threshold) & valid
     if uncertainty is not None:
         error = np.maximum(error, uncertainty.error)
         error = np.where(
@@ -58,18 +55,16 @@ def assess(
     return Evidence(error, occluded, valid)
 
 
-def cycle_error(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """`(h, w)` pixels between a point and its image after i -> j -> i."""
-    return _length(compose(forward, backward))
+def cycle_errors(forward: np.ndarray, backward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Errors `(h, w)` of the cycle and of the double cycle, pixels.
 
-
-def second_cycle_error(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-    """`(h, w)` pixels in j between the targets of i -> j and of i -> j -> i -> j.
-
-    Small for a point that its occluder hides in j: the occluder's own motion is consistent.
+    Returns:
+        The distance between a point and its image after i -> j -> i, and the distance in j between
+        the targets of i -> j and of i -> j -> i -> j. The second one is small for a point that its
+        occluder hides in j, too: the occluder's own motion is consistent.
     """
     back = compose(forward, backward)
-    return _length(compose(back, forward) - forward)
+    return _length(back), _length(compose(back, forward) - forward)
 
 
 def _length(flow: np.ndarray) -> np.ndarray:

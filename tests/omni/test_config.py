@@ -124,3 +124,11 @@ def test_a_setting_that_is_gone_is_read_where_it_changed_nothing_and_refused_whe
         load_config(str(path))
     with pytest.raises(OmniError, match="unknown key flow.refine"):
         load_config("", ["flow.refine=true"])
+
+
+def test_a_value_out_of_range_in_a_file_may_be_set_right_on_the_command_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {steps: 0}\n")
+    with pytest.raises(OmniError, match="optim.steps must lie between 1"):
+        load_config(str(path))
+    assert load_config(str(path), ["optim.steps=5"]).optim.steps == 5
