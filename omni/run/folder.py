@@ -95,7 +95,7 @@ class Run:
         return read_report(self.folder)
 
     def use_threads(self) -> None:
-        """Limit torch to the CPU threads of the settings, for fit and read-out."""
+        """Limit torch to the CPU threads of the settings, for the read-out."""
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
 
