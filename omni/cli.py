@@ -121,6 +121,7 @@ def export(
     frame: int | None = None,
     grid: int | None = None,
     dense: bool = False,
+    exact: bool = False,
     times: list[float] | None = None,
 ) -> None:
     """Write trajectories of a fitted run.
@@ -132,6 +133,7 @@ def export(
         frame: frame whose grid is exported
         grid: stride of the grid in pixels
         dense: every pixel (or every --grid-th) as (H', W', T, 2)
+        exact: with --dense, select each pixel's track among all its candidates; slower
         times: times in frames, may be fractional (default: every frame)
     """
     import numpy as np
@@ -139,7 +141,7 @@ def export(
     from omni import run as runs
 
     moments = None if times is None else np.asarray(times, np.float32)
-    runs.export(run, out, queries, frame, grid, dense, moments)
+    runs.export(run, out, queries, frame, grid, dense, exact, moments)
     print(out)
 
 

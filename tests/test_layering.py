@@ -106,7 +106,8 @@ def test_a_module_of_another_package_is_imported_through_that_package(path):
     for name in imports(path)[0]:
         package = name if name in PACKAGES else name.rpartition(".")[0]
         inside = f"{own}.".startswith(f"{package}.") or package in ("omni", "preprocess")
-        direct = package.rpartition(".")[0] in (own, "omni", "preprocess")
+        parent = package.rpartition(".")[0]
+        direct = f"{own}.".startswith(f"{parent}.") or parent in ("omni", "preprocess")
         sub = package in ("preprocess.flow.raft", "preprocess.training")
         assert inside or (name in PACKAGES and (direct or sub)), f"{name_of(path)} imports {name}"
 

@@ -3,10 +3,13 @@
     RUN/config.yaml    resolved settings        RUN/tracks.npz   the exported grid
     RUN/chains.npz     the same before the fit  RUN/overlay.mp4  RUN/color.mp4  RUN/depth.mp4
     RUN/checkpoint.pt  RUN/tensorboard/         RUN/report.json  what each stage took and reached
+    RUN/anchors/       tracks that dense answers start from, by frame
 
 `omni.run.stages` writes these files.
 """
 
+import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,15 +18,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from omni.config import Config, load_config, to_yaml
+from omni.errors import OmniError
 from omni.field import Field, load_field
 from omni.maths import grid_queries
 from omni.store import Store
 from omni.system import choose_device, locked, make_folder, read_report, write_atomic
-from omni.tracking import Reader, Tracks, load_queries
+from omni.tracking import (
+    Anchors,
+    DenseReader,
+    Reader,
+    Tracks,
+    anchor_grid,
+    answer_anchors,
+    load_queries,
+)
 
 __all__ = ["Run", "held", "load", "new_run", "preprocessed_run"]
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -114,9 +129,47 @@ class Run:
         """Trajectories of `(N, 3)` queries `(t, y, x)`; see `Reader.tracks`."""
         return self.reader.tracks(query_points, times)
 
-    def dense(self, frame: float = 0, stride: int = 1) -> Tracks:
-        """Trajectories of every `stride`-th pixel of a frame, row by row."""
-        return self.reader.dense(frame, stride)
+    def dense(self, frame: float = 0, stride: int = 1, exact: bool = False) -> Tracks:
+        """Trajectories of every `stride`-th pixel of a frame, row by row; see `pixel_reader`."""
+        points = grid_queries(self.store.video_size, frame, stride)
+        return self.pixel_reader(frame, len(points), exact).tracks(points)
+
+    def pixel_reader(self, frame: float, count: int, exact: bool = False) -> Reader:
+        """The reader that answers `count` pixels spread over one frame.
+
+        From coarse to fine, unless that is slower: where there are fewer pixels than anchors. Only
+        whole frames have anchors. With `exact` every pixel is answered among all its candidates.
+        """
+        anchors = anchor_grid(self.store.size)[0][..., 0].size
+        if exact or count <= anchors or frame != int(frame):
+            return self.reader
+        return self.dense_reader(int(frame))
+
+    def dense_reader(self, frame: int) -> DenseReader:
+        """A reader of all pixels of one frame.
+
+        Its anchors are kept in RUN/anchors for the next time. A folder that cannot be written costs
+        only that: a run can be read from anywhere.
+        """
+        path, key = self.folder / "anchors" / f"{frame}.npz", self._inputs_of_tracks()
+        anchors = Anchors.load(path, key)
+        if anchors is None:
+            total = anchor_grid(self.store.size)[0][..., 0].size
+            with tqdm(total=total, desc="anchors", unit="track", disable=None) as bar:
+                anchors = answer_anchors(self.reader, frame, bar.update)
+            try:
+                make_folder(path.parent)
+                anchors.save(path, key)
+            except OmniError as error:
+                log.warning("%s", error)
+        return DenseReader(self.store, anchors, self.matches)
+
+    def _inputs_of_tracks(self) -> str:
+        """Hash of the files that tracks are computed from."""
+        names = ("manifest.json", "checkpoint.pt", "matches.npz")
+        paths = [self.folder / name for name in names]
+        found = [path.read_bytes() if path.is_file() else b"" for path in paths]
+        return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in found)).hexdigest()
 
     def velocity(self, query_points: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Velocities `(N, M, 2)` of queries at `(M,)` real times, original pixels per frame."""

@@ -190,6 +190,7 @@ def export(
     frame: int | None = None,
     grid: int | None = None,
     dense: bool = False,
+    exact: bool = False,
     times: np.ndarray | None = None,
 ) -> None:
     """Write trajectories of a fitted run to an `.npz` (see docs/data_format.md).
@@ -201,6 +202,7 @@ def export(
         frame: frame of the grid; default `output.frame`.
         grid: stride of the grid in original pixels; default `output.grid`, with `dense` 1.
         dense: store every grid pixel as (H', W', T, 2), streamed with bounded memory.
+        exact: with `dense`, select each pixel's track among all its candidates.
         times: times in frames of the exported positions; default every frame.
 
     Raises:
@@ -214,7 +216,9 @@ def export(
     make_folder(path.parent)
     with timed(opened.folder, "export"):
         if dense:
-            write_dense(opened.reader, path, frame, grid or 1, times)
+            points = grid_queries(opened.store.video_size, frame, grid or 1)
+            reader = opened.pixel_reader(frame, len(points), exact)
+            write_dense(reader, path, frame, grid or 1, times)
             return
         if queries is None:
             points = grid_queries(opened.store.video_size, frame, grid or output.grid)

@@ -9,7 +9,7 @@ May import everything of `omni` below it: `maths`, `system`, `config`, `store`, 
 """
 
 from omni.tracking.confidence import CUES
-from omni.tracking.dense import write_dense
+from omni.tracking.dense import Anchors, DenseReader, anchor_grid, answer_anchors, write_dense
 from omni.tracking.integration import STRICT, integrate
 from omni.tracking.links import Links, sample_flow
 from omni.tracking.readout import Reader
@@ -25,7 +25,9 @@ from omni.tracking.tracks import (
 )
 
 __all__ = [
+    "Anchors",
     "CUES",
+    "DenseReader",
     "DirectFlow",
     "ENTRY_BYTES",
     "FUSED",
@@ -35,6 +37,8 @@ __all__ = [
     "STRICT",
     "SelectionNetwork",
     "Tracks",
+    "anchor_grid",
+    "answer_anchors",
     "chain_tracks",
     "frame_rate",
     "frame_size",

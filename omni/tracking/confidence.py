@@ -50,6 +50,12 @@ class Confidence:
     sigma: np.ndarray
     visible: np.ndarray
 
+    @classmethod
+    def joined(cls, parts: list["Confidence"]) -> "Confidence":
+        """That of the points of all parts."""
+        values = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(np.concatenate(each) for each in values))
+
 
 def cues(
     chains: Chains,

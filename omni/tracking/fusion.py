@@ -16,7 +16,7 @@ from omni.maths import Camera
 from omni.tracking.integration import LOOSE, STRICT, UNVERIFIED, Chains
 from omni.tracking.smoothing import Curves, fit_curves
 
-__all__ = ["FieldEstimate", "Path", "bridge", "fused_path", "smoothed_path"]
+__all__ = ["FieldEstimate", "Path", "bridge", "bridged_path", "fused_path", "smoothed_path"]
 
 FIELD_FLOOR, FIELD_GROWTH = 0.5, 0.2
 """Usual error of the field: pixels, and pixels per square root of the frames from the query."""
@@ -35,18 +35,29 @@ QUERY_WEIGHT = 100.0
 
 @dataclass(frozen=True)
 class Path:
-    """Trajectories of N points: splines in the stabilised plane, and the camera's motion."""
+    """Trajectories of N points: splines in the stabilised plane, and the camera's motion.
+
+    The splines begin at frame `start`.
+    """
 
     curves: Curves
     camera: Camera
+    start: int = 0
 
     def at(self, times: np.ndarray) -> np.ndarray:
         """Positions `(N, M, 2)` in processing pixels at `(M,)` real times in frames."""
-        return self.camera.restore(self.curves.at(times), times)
+        return self.camera.restore(self.curves.at(times - self.start), times)
+
+    @classmethod
+    def joined(cls, parts: list["Path"]) -> "Path":
+        """The trajectories of all parts, which share everything else."""
+        first = parts[0]
+        control = np.concatenate([part.curves.control for part in parts])
+        return cls(Curves(control, first.curves.spacing), first.camera, first.start)
 
     def each_at(self, times: np.ndarray) -> np.ndarray:
         """Positions `(N, 2)` in processing pixels, every point at its own one of `(N,)` times."""
-        stabilised = self.curves.each_at(times)
+        stabilised = self.curves.each_at(times - self.start)
         return self.camera.restore(stabilised[None], times)[0]
 
 
@@ -95,8 +106,24 @@ def fused_path(
     return Path(fit_curves(xy, weight), camera)
 
 
+def bridged_path(chains: Chains, camera: Camera) -> np.ndarray:
+    """Positions `(N, T, 2)` of chains, gaps bridged by straight lines in the stabilised plane.
+
+    What `fused_path` gives without a field, but neither smoothed nor defined between frames.
+    """
+    level = chains.level.T
+    measured = camera.stabilize(chains.xy.transpose(1, 0, 2))
+    xy = bridge(measured, (level > UNVERIFIED) | _extension(level), None)
+    return camera.restore(xy, np.arange(xy.shape[1]))
+
+
 def smoothed_path(
-    xy: np.ndarray, sigma: np.ndarray, frames: np.ndarray, query: np.ndarray, camera: Camera
+    xy: np.ndarray,
+    sigma: np.ndarray,
+    frames: np.ndarray,
+    query: np.ndarray,
+    camera: Camera,
+    start: int = 0,
 ) -> Path:
     """One smooth trajectory per point through positions estimated frame by frame.
 
@@ -105,17 +132,20 @@ def smoothed_path(
     reliable ones far away in time.
 
     Args:
-        xy: (N, T, 2) positions, processing pixels.
-        sigma: (N, T) their standard deviations, pixels.
-        frames: (N,) query frames.
+        xy: (N, M, 2) positions in consecutive frames, processing pixels.
+        sigma: (N, M) their standard deviations, pixels.
+        frames: (N,) query frames, which may lie outside of these.
         query: (N, 2) query positions, which are exact.
-        camera: global motion of the frames.
+        camera: global motion.
+        start: the first of the M frames.
     """
-    points = np.arange(len(frames))
+    count = xy.shape[1]
+    points = np.flatnonzero((frames >= start) & (frames < start + count))
+    given = points, frames[points] - start
     weight = 1 / np.hypot(SMALLEST_SIGMA, sigma)
     xy = xy.copy()
-    xy[points, frames], weight[points, frames] = query, QUERY_WEIGHT
-    return Path(fit_curves(camera.stabilize(xy), weight), camera)
+    xy[given], weight[given] = query[points], QUERY_WEIGHT
+    return Path(fit_curves(camera.stabilize(xy, start), weight), camera, start)
 
 
 def bridge(xy: np.ndarray, known: np.ndarray, field: np.ndarray | None) -> np.ndarray:

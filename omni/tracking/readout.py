@@ -3,38 +3,31 @@
 Letters: N points, T times or frames, M times.
 """
 
-import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 
 from omni.errors import OmniError
-from omni.field import Field, Rays, global_motion
+from omni.field import Field, global_motion
 from omni.maths import (
     REFERENCE_SIDE,
     Camera,
-    denormalize,
-    grid_queries,
     inside,
-    normalize,
-    pixel_centers,
-    processing_size,
     rescale,
 )
 from omni.store import Store
-from omni.system import out_of_memory, require_memory, run_in_slices
+from omni.system import require_memory, run_in_slices
 from omni.tracking.appearance import similarity
-from omni.tracking.confidence import Confidence, cues, median_filtered, predict_confidence
+from omni.tracking.confidence import Confidence, cues, predict_confidence
+from omni.tracking.field_reader import FieldReader
 from omni.tracking.fusion import FieldEstimate, Path, fused_path, smoothed_path
 from omni.tracking.integration import Chains, integrate
 from omni.tracking.landmarks import Landmarks
 from omni.tracking.links import Links
 from omni.tracking.selection import (
     NUM_CANDIDATES,
-    TRUST_THRESHOLD,
     Candidates,
     Selection,
     candidate_features,
@@ -45,10 +38,6 @@ from omni.tracking.selection import (
 from omni.tracking.tracks import Tracks
 
 __all__ = ["Reader"]
-
-log = logging.getLogger(__name__)
-
-SMALLEST_CHUNK = 16
 
 GATHERED, SCORED = 2**20, 2**19
 """Positions of candidates that a thread gathers at once, 60 bytes each with the chains behind them,
@@ -65,7 +54,7 @@ QUERY_SIGMA = 0.05
 """Standard deviation of the query itself, pixels: it is given, up to rounding."""
 
 
-class Reader:
+class Reader(FieldReader):
     """Tracks of query points from a run's flows and, once fitted, its field.
 
     Args:
@@ -78,12 +67,9 @@ class Reader:
     def __init__(
         self, store: Store, field: Field | None, chunk: int, matches: Tracks | None = None
     ):
+        super().__init__(store, field, chunk)
         self.links, self.landmarks = Links(store), Landmarks(store, matches)
-        self.field, self.chunk = field, chunk
-        self.size, self.video_size, self.fps = store.size, store.video_size, store.fps
-        self.num_frames, self.frames = store.num_frames, store.frames
         self._store = store
-        self.device = torch.device("cpu") if field is None else next(field.parameters()).device
 
     @cached_property
     def camera(self) -> Camera:
@@ -149,43 +135,6 @@ class Reader:
         first, second = np.split(path, 2, axis=1)
         return (second - first) / (after - before)[:, None].astype(np.float32)
 
-    def _in_chunks(self, total: int, work: Callable[[slice], None]) -> None:
-        """Call `work(rows)` for all rows; when out of memory, halve the chunk and continue."""
-        start = 0
-        while start < total:
-            try:
-                work(slice(start, min(start + self.chunk, total)))
-                start += self.chunk
-                continue
-            except Exception as error:
-                if not out_of_memory(error) or self.chunk <= SMALLEST_CHUNK:
-                    raise
-            self.chunk //= 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            log.warning("out of memory: going on in chunks of %d points", self.chunk)
-
-    def dense(self, frame: float, stride: int = 1, times: np.ndarray | None = None) -> Tracks:
-        """Trajectories of every `stride`-th pixel of a frame, row by row of the strided grid."""
-        return self.tracks(grid_queries(self.video_size, frame, stride), times)
-
-    @torch.no_grad()
-    def follow(self, query_points: np.ndarray, times: np.ndarray) -> FieldEstimate:
-        """The field's estimate alone.
-
-        Needs a field.
-
-        Args:
-            query_points: (N, 3) t, y, x in original pixels.
-            times: (T,) times in frames.
-        """
-        shape = (len(query_points), len(times))
-        estimate = FieldEstimate(np.empty((*shape, 2), np.float32), np.empty(shape, np.float32))
-        for index in _same_time(query_points[:, 0], max(1, self.chunk // 4)):
-            xy, visibility = self._follow(query_points[index], times)
-            estimate.xy[index], estimate.visibility[index] = xy, visibility
-        return estimate
-
     def chain_cues(self, query_points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cues `(N, T, F)` of chains alone, and their paths `(N, T, 2)` in processing pixels.
 
@@ -206,16 +155,47 @@ class Reader:
         for rows in _parts(len(path), self._points_for(GATHERED)):
             yield from self._candidates_of(frames, chains, field, path, rows)
 
-    def _track_points(self, points: np.ndarray) -> tuple[Path, Confidence]:
-        """Paths and their confidence in every frame, processing pixels.
+    def select(
+        self,
+        query_points: np.ndarray,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Selection:
+        """Smoothed positions and predicted confidence in every frame, processing pixels.
+
+        Needs a field. Arguments and errors are those of `tracks`.
+        """
+        points, parts = self._checked(query_points), list[Selection]()
+
+        def select(rows: slice) -> None:
+            frames, chains, field = self._estimates(points[rows])
+            assert field is not None
+            selected, query = self._selected(frames, chains, field), chains.queries(frames)
+            path = smoothed_path(selected.xy, selected.sigma, frames, query, self.camera)
+            selected.xy = path.at(np.arange(self.num_frames))
+            selected.xy[np.arange(len(frames)), frames] = query
+            parts.append(selected)
+            progress(len(frames))
+
+        self._in_chunks(len(points), select)
+        return Selection.joined(parts)
+
+    def _track_points(self, points: np.ndarray, times: np.ndarray) -> tuple[Path, Confidence]:
+        """Paths and their confidence in frames from `Path.start` that cover times, processing
+        pixels.
 
         `visible`: the median over three frames of trust, P(visible and within 6 px), exceeds
-        TRUST_THRESHOLD; `_answer` adds the border of the frame.
+        TRUST_THRESHOLD; `_track_at` adds the border of the frame.
         """
         frames, chains, field = self._estimates(points)
         if field is None:
             path, values = self._cues(chains, frames)
             return path, predict_confidence(values, min(self.size))
+        selected, query = self._selected(frames, chains, field), chains.queries(frames)
+        path = smoothed_path(selected.xy, selected.sigma, frames, query, self.camera)
+        return path, selected.confidence()
+
+    def _selected(self, frames: np.ndarray, chains: Chains, field: FieldEstimate) -> Selection:
+        """The positions selected among all candidates of points, frame by frame."""
         network = trained_network().to(self.device)
         fused = self._fused_path(frames, chains, field)
 
@@ -225,11 +205,7 @@ class Reader:
             return Selection.joined([select_one(features, part) for part, features in parts])
 
         at_once = self._points_for(GATHERED)
-        selected = Selection.joined(run_in_slices(select, len(points), at_once, THREAD_BYTES))
-        query = chains.queries(frames)
-        path = smoothed_path(selected.xy, selected.sigma, frames, query, self.camera)
-        visible = median_filtered(selected.trust) > TRUST_THRESHOLD
-        return path, Confidence(selected.visibility, selected.sigma, visible)
+        return Selection.joined(run_in_slices(select, len(frames), at_once, THREAD_BYTES))
 
     def _estimates(self, points: np.ndarray) -> tuple[np.ndarray, Chains, FieldEstimate | None]:
         """Whole query frames, and the estimates of flows and field; processing pixels."""
@@ -287,7 +263,7 @@ class Reader:
 
     def _track_at(self, points: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, Confidence]:
         """Positions and confidence of a chunk of queries at real times, processing pixels."""
-        path, confidence = self._track_points(points)
+        path, confidence = self._track_points(points, times)
         # Smoothing moves the query a little; it is exact, so the path is moved back to it.
         nearness = np.clip(1 - np.abs(times - points[:, :1]), 0, 1)[..., None]
         correction = self._query_xy(points) - path.each_at(points[:, 0])
@@ -296,7 +272,8 @@ class Reader:
         share = np.clip(times - before, 0, 1)
 
         def interpolate(values: np.ndarray) -> np.ndarray:
-            return (1 - share) * values[:, before] + share * values[:, before + 1]
+            first = before - path.start
+            return (1 - share) * values[:, first] + share * values[:, first + 1]
 
         inbounds = inside(positions, self.size)
         at_query = nearness[..., 0] > 0.999
@@ -309,55 +286,6 @@ class Reader:
     def _query_xy(self, points: np.ndarray) -> np.ndarray:
         """Query positions `(N, 2)` in processing pixels."""
         return rescale(points[:, :0:-1], self.video_size, self.size).astype(np.float32)
-
-    @torch.no_grad()
-    def render(self, time: float, short_side: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Colour `(h', w', 3)` in [0, 1] and depth `(h', w')` of the field at one time in frames.
-
-        Needs a field.
-
-        Args:
-            time: in frames, any real value.
-            short_side: bound of the image's size; 0 renders at the processing resolution.
-        """
-        assert self.field is not None
-        field = self.field
-        height, width = processing_size(self.size, short_side)
-        xy = normalize(torch.from_numpy(pixel_centers((height, width))), (height, width))
-        xy = xy.reshape(-1, 2).to(self.device)
-        moment = torch.tensor([float(time)], device=self.device)
-        colors: list[torch.Tensor] = []
-        depths: list[torch.Tensor] = []
-
-        def render_rays(rows: slice) -> None:
-            rays = field.cast(moment, xy[None, rows])
-            color, depth = rays.composite_color()[0].cpu(), rays.composite_depth()[0].cpu()
-            colors.append(color)
-            depths.append(depth)
-
-        self._in_chunks(len(xy), render_rays)
-        color = torch.cat(colors).view(height, width, 3).numpy()
-        return color, torch.cat(depths).view(height, width).numpy()
-
-    @torch.no_grad()
-    def _follow(self, points: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions `(n, T, 2)` in processing pixels and visibility `(n, T)`; one query time."""
-        assert self.field is not None
-        query = np.ascontiguousarray(rescale(points[:, :0:-1], self.video_size, self.size))
-        xy = normalize(torch.from_numpy(query), self.size).to(self.device)
-        rays = self.field.cast(torch.tensor([float(points[0, 0])], device=self.device), xy[None])
-        moments = torch.as_tensor(times, dtype=torch.float32, device=self.device)
-        positions, visibility = [], []
-        for part in moments.split(max(1, self.chunk // len(xy))):
-            arrived, _ = self.field.follow(_repeated(rays, len(part)), part)
-            seen = self.field.seen_depth(part, arrived[..., :2])
-            margin = self.field.render.occlusion_margin
-            probability = torch.sigmoid((seen + margin - arrived[..., 2]) * (4 / margin))
-            pixels = denormalize(arrived[..., :2], self.size)
-            probability = probability * inside(pixels, self.size)
-            positions.append(pixels.transpose(0, 1).cpu().numpy())
-            visibility.append(probability.T.cpu().numpy())
-        return np.concatenate(positions, axis=1), np.concatenate(visibility, axis=1)
 
     def _checked(self, query_points: np.ndarray) -> np.ndarray:
         """Queries as float32, after their shape and range are checked."""
@@ -377,22 +305,7 @@ class Reader:
         return points
 
 
-def _repeated(rays: Rays, count: int) -> Rays:
-    """One group of rays as `count` groups, which share memory."""
-    arrays = {name: getattr(rays, name) for name in ("canonical", "depth", "weight", "color")}
-    repeated = {name: value.expand(count, *value.shape[1:]) for name, value in arrays.items()}
-    return replace(rays, **repeated)
-
-
 def _parts(count: int, size: int) -> Iterator[slice]:
     """Slices that cover `count` rows, `size` at most and one at least."""
     step = max(1, size)
     return (slice(start, start + step) for start in range(0, count, step))
-
-
-def _same_time(times: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    """Indices of queries that share a time, at most `limit` at once."""
-    for time in np.unique(times):
-        index = np.flatnonzero(times == time)
-        for start in range(0, len(index), limit):
-            yield index[start : start + limit]

@@ -42,7 +42,7 @@ class Curves:
     def at(self, times: np.ndarray) -> np.ndarray:
         """Positions `(N, M, 2)` at `(M,)` real times in frames."""
         basis = _basis(times, self.spacing, self.control.shape[1])
-        return np.einsum("mc,ncd->nmd", basis, self.control).astype(np.float32)
+        return _along(self.control, basis.T).astype(np.float32)
 
     def each_at(self, times: np.ndarray) -> np.ndarray:
         """Positions `(N, 2)`, every track at its own one of `(N,)` times."""
@@ -71,12 +71,18 @@ def fit_curves(xy: np.ndarray, weight: np.ndarray) -> Curves:
     for _ in range(ITERATIONS):
         w = (weight * robust).astype(np.float64)
         bands = _banded(w, data) + _banded(straight, penalty)
-        control = _solve(bands, np.einsum("tc,nt,ntd->ncd", basis, w, xy, optimize=True))
-        residual = np.linalg.norm(np.einsum("tc,ncd->ntd", basis, control) - xy, axis=-1)
+        control = _solve(bands, _along(w[..., None] * xy, basis))
+        residual = np.linalg.norm(_along(control, basis.T) - xy, axis=-1)
         robust = np.minimum(1, HUBER / np.maximum(residual * np.sqrt(weight), 1e-9))
         turn = np.linalg.norm(np.diff(control, 2, axis=1), axis=-1)
         straight = np.minimum(1, TURN / np.maximum(turn, 1e-9))
     return Curves(control)
+
+
+def _along(values: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """`(N, M, 2)`: a matrix `(T, M)` applied to `(N, T, 2)` along T, as one matrix product."""
+    rows = values.transpose(0, 2, 1).reshape(-1, values.shape[1])
+    return (rows @ matrix).reshape(len(values), 2, -1).transpose(0, 2, 1)
 
 
 def _basis(times: np.ndarray, spacing: float, count: int) -> np.ndarray:

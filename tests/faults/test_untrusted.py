@@ -257,7 +257,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), resource.RLIM_INFINI
 trainer.run()
 print("pairs", trainer.sampler.batch_pairs, "steps", trainer.step)
 reader = Reader(store, trainer.field.eval(), 1 << 17)
-tracks = reader.dense(0, 1)
+tracks = reader.tracks(grid_queries(reader.video_size, 0, 1))
 points = np.repeat(tracks.query_points, 40, axis=0)
 print("chunk", reader.chunk); reader.tracks(points); print("chunk", reader.chunk)
 """

@@ -19,7 +19,9 @@ from omni.tracking.selection.network import (
     TRUST_THRESHOLD,
     Selection,
     SelectionNetwork,
+    load_network,
     select_candidates,
+    select_rows,
     trained_network,
 )
 
@@ -36,7 +38,9 @@ __all__ = [
     "TRUST_THRESHOLD",
     "candidate_features",
     "gather_candidates",
+    "load_network",
     "select_candidates",
+    "select_rows",
     "trace",
     "trained_network",
 ]

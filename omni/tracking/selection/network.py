@@ -24,14 +24,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from omni.tracking.confidence import Confidence, median_filtered
 from omni.tracking.selection.candidates import FUSED, Candidates
 
 __all__ = [
     "Selection",
     "SelectionNetwork",
     "TRUST_THRESHOLD",
+    "load_network",
     "pool_neighbours",
     "select_candidates",
+    "select_rows",
     "trained_network",
 ]
 
@@ -46,7 +49,7 @@ TRUST_THRESHOLD = 0.4
 """Least P(visible and within 6 px) of a point called visible: J / (1 + J) is best for AJ at a
 Jaccard index J of 0.67."""
 
-ROWS = 2**10
+ROWS = 2**8
 """Points and frames that go through the network at once."""
 
 _PATH = Path(__file__).with_name("network.safetensors")
@@ -67,6 +70,11 @@ class Selection:
     trust: np.ndarray
     visibility: np.ndarray
     sigma: np.ndarray
+
+    def confidence(self) -> Confidence:
+        """As users see it: the median over three frames of trust exceeds TRUST_THRESHOLD."""
+        visible = median_filtered(self.trust) > TRUST_THRESHOLD
+        return Confidence(self.visibility, self.sigma, visible)
 
     @classmethod
     def joined(cls, parts: list["Selection"]) -> "Selection":
@@ -154,8 +162,13 @@ def pool_neighbours(code: Tensor, valid: Tensor, xy: Tensor) -> Tensor:
 
 @cache
 def trained_network() -> SelectionNetwork:
-    """The shipped network, on the CPU."""
-    state = load_file(_PATH)
+    """The shipped network for `candidate_features`, on the CPU."""
+    return load_network(_PATH)
+
+
+def load_network(path: Path) -> SelectionNetwork:
+    """The network of a `.safetensors` file of weights, on the CPU."""
+    state = load_file(path)
     width, count = state["encode.0.weight"].shape
     network = SelectionNetwork(count, width)
     network.load_state_dict(state)
@@ -166,9 +179,7 @@ def trained_network() -> SelectionNetwork:
 def select_candidates(
     network: SelectionNetwork, values: Tensor, candidates: Candidates, scale: float
 ) -> Selection:
-    """Select a position for every point and frame.
-
-    It is the mean, by softmax score, of the best candidate and those within AVERAGING_RADIUS of it.
+    """Select a position for every point and frame; see `select_rows`.
 
     Args:
         network: on the device of `values`.
@@ -176,20 +187,41 @@ def select_candidates(
         candidates: of N points.
         scale: short side of the processing size in units of 256 pixels.
     """
-    count, times = values.shape[:2]
-    valid = torch.from_numpy(candidates.valid.T).to(values.device)[:, None].expand(-1, times, -1)
+    shape = values.shape[:2]
+    valid = candidates.valid.T.repeat(shape[1], axis=0)
+    xy = candidates.xy.transpose(1, 2, 0, 3).reshape(*valid.shape, 2)
+    rows = select_rows(network, values.flatten(0, 1), valid, xy, scale)
+    return Selection(*(value.reshape(*shape, *value.shape[1:]) for value in vars(rows).values()))
+
+
+@torch.no_grad()
+def select_rows(
+    network: SelectionNetwork, values: Tensor, valid: np.ndarray, xy: np.ndarray, scale: float
+) -> Selection:
+    """Select a position in each row, which is a point in a frame.
+
+    It is the mean, by softmax score, of the best candidate and those within AVERAGING_RADIUS of it.
+
+    Args:
+        network: on the device of `values`.
+        values: (B, K, F) features.
+        valid: (B, K) bool.
+        xy: (B, K, 2) positions, processing pixels.
+        scale: short side of the processing size in units of 256 pixels.
+
+    Returns:
+        a selection of B points without a dimension of frames.
+    """
     # Only differences matter, and single precision has fewer digits for them far from the origin.
-    offset = (candidates.xy - candidates.xy[FUSED]) / np.float32(scale)
-    inputs = values, valid, torch.from_numpy(offset).to(values.device).permute(1, 2, 0, 3)
-    batches = zip(*(value.split(max(1, ROWS // times)) for value in inputs), strict=True)
-    parts = [network(*(value.flatten(0, 1) for value in batch)) for batch in batches]
-    score, predicted = (
-        torch.cat(part).unflatten(0, (count, times)) for part in zip(*parts, strict=True)
-    )
-    weight = score.softmax(-1).permute(2, 0, 1).cpu().numpy()
-    best = np.take_along_axis(candidates.xy, weight.argmax(0)[None, ..., None], axis=0)
-    weight = weight * (np.linalg.norm(candidates.xy - best, axis=-1) < AVERAGING_RADIUS * scale)
-    xy = (weight[..., None] * candidates.xy).sum(0) / weight.sum(0)[..., None]
-    trust, visibility = predicted[..., :2].sigmoid().permute(2, 0, 1).cpu().numpy()
-    sigma = predicted[..., 2].clamp(math.log(0.05), math.log(128.0)).exp().cpu().numpy() * scale
-    return Selection(xy.astype(np.float32), trust, visibility, sigma)
+    offset = (xy - xy[:, [FUSED]]) / np.float32(scale)
+    inputs = [values, *(torch.from_numpy(value).to(values.device) for value in (valid, offset))]
+    batches = zip(*(value.split(ROWS) for value in inputs), strict=True)
+    parts = [network(*batch) for batch in batches]
+    score, predicted = (torch.cat(part) for part in zip(*parts, strict=True))
+    weight = score.softmax(-1).cpu().numpy()
+    best = np.take_along_axis(xy, weight.argmax(1)[:, None, None], axis=1)
+    weight = weight * (np.linalg.norm(xy - best, axis=-1) < AVERAGING_RADIUS * scale)
+    mean = np.einsum("bk,bkd->bd", weight, xy) / weight.sum(1, keepdims=True)
+    trust, visibility = predicted[:, :2].sigmoid().T.cpu().numpy()
+    sigma = predicted[:, 2].clamp(math.log(0.05), math.log(128.0)).exp().cpu().numpy() * scale
+    return Selection(mean.astype(np.float32), trust, visibility, sigma)

@@ -326,3 +326,44 @@ def test_a_command_on_a_run_it_cannot_use_prints_one_sentence_and_makes_no_folde
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("omni: ") and "omni optimize" in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def fitted_run(run, small_config, monkeypatch):
+    """A fitted run of few anchors."""
+    monkeypatch.setattr("omni.tracking.dense.anchors.PITCH", 40.0)
+    runs.fit(run, replace(small_config, optim=replace(small_config.optim, steps=30)))
+    return runs.load(run, "cpu")
+
+
+def test_anchors_are_answered_once_until_what_they_come_from_changes(
+    fitted_run, scene, tmp_path, monkeypatch
+):
+    answered, answer = [], omni.run.folder.answer_anchors
+    monkeypatch.setattr(
+        omni.run.folder, "answer_anchors", lambda *a: answered.append(a[1]) or answer(*a)
+    )
+    first = fitted_run.dense(0)
+    assert first.tracks.shape == (48 * 64, 6, 2)
+    again = runs.load(fitted_run.folder, "cpu").dense(0)
+    np.testing.assert_array_equal(again.tracks, first.tracks)
+    assert answered == [0]
+    fitted_run.dense(3)
+    assert answered == [0, 3]
+    exact_tracks(scene).save(tmp_path / "matches.npz")
+    runs.import_matches(fitted_run, tmp_path / "matches.npz")
+    fitted_run.dense(0)
+    assert answered == [0, 3, 0]
+
+
+def test_a_run_that_cannot_be_written_is_answered_all_the_same(fitted_run, caplog):
+    (fitted_run.folder / "anchors").write_text("in the way")
+    assert fitted_run.dense(0).tracks.shape == (48 * 64, 6, 2)
+    assert "anchors" in caplog.text
+
+
+def test_pixels_are_answered_from_coarse_to_fine_only_where_that_is_faster(fitted_run):
+    assert fitted_run.pixel_reader(0, 10**6) is not fitted_run.reader
+    assert fitted_run.pixel_reader(0, 10**6, exact=True) is fitted_run.reader
+    assert fitted_run.pixel_reader(0, 20) is fitted_run.reader, "fewer than anchors"
+    assert fitted_run.pixel_reader(0.5, 10**6) is fitted_run.reader, "between frames"

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from omni.errors import OmniError
+from omni.maths import grid_queries
 from omni.tracking.readout import Reader
 
 TIMES = np.arange(6)
@@ -148,8 +149,8 @@ def test_no_queries_give_no_tracks(reader):
     assert reader.tracks(np.zeros((0, 3))).tracks.shape == (0, 6, 2)
 
 
-def test_dense_tracks_lie_row_by_row_on_the_strided_grid(reader):
-    result = reader.dense(0, stride=16)
+def test_tracks_of_a_grid_lie_row_by_row(reader):
+    result = reader.tracks(grid_queries(reader.video_size, 0, 16))
     assert result.tracks.shape == (12, 6, 2)
     np.testing.assert_allclose(result.tracks[:5, 0, 0], [8, 24, 40, 56, 8], atol=0.05)
 

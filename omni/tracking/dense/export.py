@@ -106,7 +106,7 @@ def _write_bands(
         for name, (tail, dtype) in _LAYOUT.items():
             header = {"descr": dtype, "fortran_order": False, "shape": (*shape, *tail)}
             np.lib.format.write_array_header_1_0(files[name], header)
-        band = max(1, 4 * reader.chunk // shape[1])
+        band = max(1, reader.chunk // shape[1])
         for row in tqdm(range(0, shape[0], band), desc="export", unit="band", disable=None):
             part = reader.tracks(points[row : row + band].reshape(-1, 3), times)
             for name, (_, dtype) in _LAYOUT.items():
