@@ -147,6 +147,8 @@ def dense(options: argparse.Namespace, clip: Path, threads: int) -> Rows:
         measure("preprocess", run, video, options.config, settings)
     measure("fit", run)
     frames = Store.open(run).num_frames
+    if not (run / "anchors").exists():
+        yield {"stage": "anchors", "frames": frames, **measure("anchors", run)}
     answers = {"dense": [], "dense, one time": [f"--time={frames - 1}"]}
     for stride, (name, how) in itertools.product(options.strides, answers.items()):
         row = measure("dense", run, how=[*how, f"--stride={stride}"])

@@ -27,7 +27,7 @@ from omni.system import read_report
 
 __all__ = ["STAGES", "measure"]
 
-STAGES = ("preprocess", "chains", "fit", "export", "visualize")
+STAGES = ("preprocess", "chains", "fit", "anchors", "export", "visualize")
 """Stages of `omni.optimize` in their order, by their names in `report.json`."""
 
 WATCH_EVERY = 0.3
@@ -142,7 +142,7 @@ def main() -> None:
     from omni import run as runs
 
     assert preprocess.prepare
-    fitted = options.action in ("export", "visualize", "dense")
+    fitted = options.action in ("anchors", "export", "visualize", "dense")
     run = runs.load(options.run, options.device) if fitted else None
     before, details = _cpu_seconds(), {}
     if options.action == "dense":
@@ -169,6 +169,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="of stages after the fit")
     parser.add_argument("--result", type=Path, required=True, help="JSON to write")
     parser.add_argument("--stride", type=int, default=1, help="of a dense export, pixels")
+    parser.add_argument("--exact", action="store_true", help="the dense export of that name")
     parser.add_argument("--time", type=float, help="the only time of a dense export, frames")
     return parser.parse_args()
 
@@ -183,6 +184,8 @@ def _stage(run, options: argparse.Namespace) -> None:
         runs.track(options.video, options.run, options.config, options.set)
     elif options.action == "fit":
         runs.fit(options.run, options.config, options.set)
+    elif options.action == "anchors":
+        runs.answer_anchors(run)
     elif options.action == "export":
         runs.export(run, options.run / "tracks.npz")
     else:
@@ -197,7 +200,9 @@ def _dense(run, options: argparse.Namespace) -> dict[str, int]:
     times = None if options.time is None else np.array([options.time], np.float32)
     with tempfile.TemporaryDirectory(dir=options.run) as folder:
         path = Path(folder) / "dense.npz"
-        runs.export(run, path, frame=0, grid=options.stride, dense=True, times=times)
+        runs.export(
+            run, path, frame=0, grid=options.stride, dense=True, exact=options.exact, times=times
+        )
     grid = pixel_centers(run.store.video_size, options.stride)
     count = run.store.num_frames if times is None else len(times)
     return {"pixels": grid.shape[0] * grid.shape[1], "times": count}

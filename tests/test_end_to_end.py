@@ -76,7 +76,9 @@ def test_optimize_leaves_tracks_that_follow_the_known_motion(finished):
     for name in ("overlay.mp4", "color.mp4", "depth.mp4"):
         assert len(iio.imread(finished / name, plugin="pyav")) >= 4
     report = json.loads((finished / "report.json").read_text())
-    assert set(report["stages"]) == {"preprocess", "chains", "fit", "export", "visualize"}
+    assert set(report["stages"]) == {
+        *("preprocess", "chains", "fit", "anchors", "export", "visualize")
+    }
     held_out = report["stages"]["fit"]["held_out"]
     assert held_out[-1]["median"] < 0.5
 

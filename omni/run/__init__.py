@@ -6,6 +6,7 @@ May import everything of `omni` but `omni.cli`, and `preprocess` where a stage n
 from omni.run.doctor import examine
 from omni.run.folder import Run, load
 from omni.run.stages import (
+    answer_anchors,
     export,
     fit,
     import_matches,
@@ -19,6 +20,7 @@ from omni.run.stages import (
 
 __all__ = [
     "Run",
+    "answer_anchors",
     "examine",
     "export",
     "fit",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,11 @@ from omni.maths import grid_queries
 from omni.store import Store
 from omni.system import choose_device, locked, make_folder, read_report, write_atomic
 from omni.tracking import (
-    Anchors,
     DenseReader,
     Reader,
     Tracks,
     anchor_grid,
+    anchor_stage,
     answer_anchors,
     load_queries,
 )
@@ -148,20 +149,28 @@ class Run:
     def dense_reader(self, frame: int) -> DenseReader:
         """A reader of all pixels of one frame.
 
-        Its anchors are kept in RUN/anchors for the next time. A folder that cannot be written costs
-        only that: a run can be read from anywhere.
+        Its anchors are kept in RUN/anchors for the next time; unfinished ones are continued. A
+        folder that cannot be written costs only that: a run can be read from anywhere.
+
+        Raises:
+            OmniError: nor can a temporary folder be written.
         """
-        path, key = self.folder / "anchors" / f"{frame}.npz", self._inputs_of_tracks()
-        anchors = Anchors.load(path, key)
-        if anchors is None:
-            total = anchor_grid(self.store.size)[0][..., 0].size
-            with tqdm(total=total, desc="anchors", unit="track", disable=None) as bar:
-                anchors = answer_anchors(self.reader, frame, bar.update)
+        kept, size, count = (
+            self.folder / "anchors" / str(frame),
+            self.store.size,
+            self.store.num_frames,
+        )
+        key = self._inputs_of_tracks()
+        with TemporaryDirectory() as temporary:
             try:
-                make_folder(path.parent)
-                anchors.save(path, key)
-            except OmniError as error:
-                log.warning("%s", error)
+                make_folder(kept)
+                stage = anchor_stage(kept, key, size, count)
+            except (OSError, OmniError) as error:
+                log.warning("anchors are not kept: %s", error)
+                stage = anchor_stage(Path(temporary), key, size, count)
+            total = anchor_grid(size)[0][..., 0].size
+            with tqdm(total=total, desc="anchors", unit="track", disable=None) as bar:
+                anchors = answer_anchors(self.reader, frame, stage, bar.update)
         return DenseReader(self.store, anchors, self.matches)
 
     def _inputs_of_tracks(self) -> str:

@@ -26,6 +26,7 @@ from omni.video import write_video
 from omni.views import Summaries, draw_tracks, render_videos
 
 __all__ = [
+    "answer_anchors",
     "export",
     "fit",
     "import_matches",
@@ -48,7 +49,9 @@ def optimize(
     masks: Path | str | None = None,
     matches: Path | str | None = None,
 ) -> Run:
-    """One video to dense tracks: preprocess, fit, export, visualise, into one run folder.
+    """One video to dense tracks: preprocess, fit, answer anchors, export, visualise.
+
+    All of it goes into one run folder. Anchors are the coarse grid that `Run.dense` starts from.
 
     Stages already finished with the same inputs and settings are skipped; an interrupted one
     continues.
@@ -75,6 +78,7 @@ def optimize(
             import_matches(opened, matches)
         _integrate_chains(opened)
         fit(opened)
+        answer_anchors(opened)
         export(opened, opened.folder / "tracks.npz")
         visualize(opened)
     return opened
@@ -181,6 +185,16 @@ def import_matches(run: Run | Path | str, path: Path | str) -> None:
             )
         tracks.resized(store.video_size).save(opened.folder / "matches.npz")
         opened.forget_reader()
+
+
+def answer_anchors(run: Run | Path | str) -> None:
+    """Track the anchors of the frame `output.frame` into RUN/anchors (see `Run.dense_reader`).
+
+    Raises:
+        OmniError: no such run, not fitted, damaged, or in use.
+    """
+    with held(run, load) as opened, timed(opened.folder, "anchors"):
+        opened.dense_reader(opened.config.output.frame)
 
 
 def export(
@@ -328,4 +342,5 @@ def _overlay_tracks(run: Run, tracks: Tracks) -> Tracks:
     if every == 1 or len(np.unique(tracks.query_points[:, 0])) > 1:
         return tracks
     stride = run.config.output.grid * every
-    return run.dense(float(tracks.query_points[0, 0]), stride)
+    frame = int(tracks.query_points[0, 0])
+    return run.dense_reader(frame).tracks(grid_queries(run.store.video_size, frame, stride))

@@ -9,7 +9,14 @@ May import everything of `omni` below it: `maths`, `system`, `config`, `store`, 
 """
 
 from omni.tracking.confidence import CUES
-from omni.tracking.dense import Anchors, DenseReader, anchor_grid, answer_anchors, write_dense
+from omni.tracking.dense import (
+    Anchors,
+    DenseReader,
+    anchor_grid,
+    anchor_stage,
+    answer_anchors,
+    write_dense,
+)
 from omni.tracking.integration import STRICT, integrate
 from omni.tracking.links import Links, sample_flow
 from omni.tracking.readout import Reader
@@ -38,6 +45,7 @@ __all__ = [
     "SelectionNetwork",
     "Tracks",
     "anchor_grid",
+    "anchor_stage",
     "answer_anchors",
     "chain_tracks",
     "frame_rate",

@@ -155,11 +155,7 @@ class Reader(FieldReader):
         for rows in _parts(len(path), self._points_for(GATHERED)):
             yield from self._candidates_of(frames, chains, field, path, rows)
 
-    def select(
-        self,
-        query_points: np.ndarray,
-        progress: Callable[[int], object] = lambda done: None,
-    ) -> Selection:
+    def select(self, query_points: np.ndarray) -> Selection:
         """Smoothed positions and predicted confidence in every frame, processing pixels.
 
         Needs a field. Arguments and errors are those of `tracks`.
@@ -174,7 +170,6 @@ class Reader(FieldReader):
             selected.xy = path.at(np.arange(self.num_frames))
             selected.xy[np.arange(len(frames)), frames] = query
             parts.append(selected)
-            progress(len(frames))
 
         self._in_chunks(len(points), select)
         return Selection.joined(parts)

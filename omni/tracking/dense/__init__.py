@@ -6,7 +6,7 @@ describes them, `reader` selects among them, and `export` writes a whole frame b
 import what `omni.tracking` may, and all its modules.
 """
 
-from omni.tracking.dense.anchors import Anchors, anchor_grid, answer_anchors
+from omni.tracking.dense.anchors import Anchors, anchor_grid, anchor_stage, answer_anchors
 from omni.tracking.dense.candidates import PixelCandidates, pixel_candidates
 from omni.tracking.dense.export import write_dense
 from omni.tracking.dense.features import pixel_features
@@ -17,6 +17,7 @@ __all__ = [
     "DenseReader",
     "PixelCandidates",
     "anchor_grid",
+    "anchor_stage",
     "answer_anchors",
     "pixel_candidates",
     "pixel_features",

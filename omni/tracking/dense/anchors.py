@@ -1,29 +1,26 @@
 """Anchors: the points of a coarse grid of one frame, whose tracks all finer pixels start from.
 
-Letters: A anchors, T frames. Raster pixels of the processing resolution.
+Letters: A anchors, R rows of C anchors, T frames. Raster pixels of the processing resolution.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, fields
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-from zipfile import BadZipFile
 
 import numpy as np
 
 from omni.maths import REFERENCE_SIDE, rescale
-from omni.system import write_atomic
+from omni.system import Stage
 from omni.tracking.readout import Reader
 from omni.tracking.selection import Selection
 
-__all__ = ["Anchors", "anchor_grid", "answer_anchors"]
+__all__ = ["Anchors", "anchor_grid", "anchor_stage", "answer_anchors"]
 
 PITCH = 4.0
 """Pixels between anchors at a short side of 256."""
 
-_SAVED = ("frame", "pitch", "columns", "labels", "xy", "trust", "visibility", "sigma")
+AT_ONCE = 2000
+"""Anchors that are answered, and marked as finished, together."""
 
 
 @dataclass(frozen=True)
@@ -44,50 +41,14 @@ class Anchors:
     labels: np.ndarray
     selected: Selection
 
-    def save(self, path: Path, key: str) -> None:
-        """Write them to an `.npz`, with the `key` of what they were computed from."""
-        buffer, arrays = BytesIO(), vars(self) | vars(self.selected)
-        np.savez(buffer, key=key, **{name: arrays[name] for name in _SAVED})
-        write_atomic(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: Path, key: str) -> Self | None:
-        """Those of a file; None where it is missing, damaged, or computed from something else."""
-        with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile):
-            with np.load(path, allow_pickle=False) as data:
-                if data["key"] == key:
-                    arrays = {name: data[name] for name in _SAVED}
-                    selected = Selection(*(arrays.pop(field.name) for field in fields(Selection)))
-                    frame, columns = int(arrays["frame"]), int(arrays["columns"])
-                    return cls(frame, float(arrays["pitch"]), columns, arrays["labels"], selected)
-        return None
-
     @property
     def rows(self) -> int:
         """Number of rows of anchors."""
         return len(self.labels) // self.columns
 
 
-def answer_anchors(
-    reader: Reader, frame: int, progress: Callable[[int], object] = lambda done: None
-) -> Anchors:
-    """Answer the anchors of a frame among all their candidates.
-
-    Args:
-        reader: of a fitted run.
-        frame: whose pixels will be asked for.
-        progress: called with the number of anchors finished in each chunk.
-    """
-    grid, pitch = anchor_grid(reader.size)
-    xy = grid.reshape(-1, 2)
-    original = rescale(xy, reader.size, reader.video_size)
-    queries = np.column_stack([np.full(len(xy), frame), original[:, ::-1]]).astype(np.float32)
-    selected = reader.select(queries, progress)
-    return Anchors(frame, pitch, grid.shape[1], reader.links.labels(frame, xy), selected)
-
-
 def anchor_grid(size: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """Positions `(rows, columns, 2)` of the anchors of a frame of `size` (h, w), and their pitch.
+    """Positions `(R, C, 2)` of the anchors of a frame of `size` (h, w), and their pitch.
 
     A cell cut by the border of the frame has its anchor within the frame.
     """
@@ -98,3 +59,58 @@ def anchor_grid(size: tuple[int, int]) -> tuple[np.ndarray, float]:
         for side in (width, height)
     )
     return np.stack(np.meshgrid(x, y), -1).astype(np.float32), pitch
+
+
+def anchor_stage(folder: Path, key: str, size: tuple[int, int], num_frames: int) -> Stage:
+    """The file of anchors in a folder, with what an earlier call has finished.
+
+    It holds `(R, C, T, 5)` x, y, trust, visibility, sigma, and is finished row by row.
+
+    Args:
+        folder: of one frame's anchors.
+        key: hash of what they are computed from.
+        size: (h, w) processing size.
+        num_frames: T.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    rows, columns = anchor_grid(size)[0].shape[:2]
+    return Stage(folder, key, {"anchors": ((rows, columns, num_frames, 5), np.float32)}, rows)
+
+
+def answer_anchors(
+    reader: Reader,
+    frame: int,
+    stage: Stage,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Anchors:
+    """Answer the anchors of a frame among all their candidates, but for those already finished.
+
+    Args:
+        reader: of a fitted run.
+        frame: whose pixels will be asked for.
+        stage: of `anchor_stage`.
+        progress: called with the number of anchors that each step has finished.
+    """
+    grid, pitch = anchor_grid(reader.size)
+    columns, values = grid.shape[1], stage.arrays["anchors"]
+    progress(columns * int(stage.done.sum()))
+    try:
+        missing = np.flatnonzero(~stage.done)
+        for start in range(0, len(missing), max(1, AT_ONCE // columns)):
+            rows = missing[start : start + max(1, AT_ONCE // columns)]
+            original = rescale(grid[rows].reshape(-1, 2), reader.size, reader.video_size)
+            queries = np.insert(original[:, ::-1], 0, frame, axis=1)
+            shape, answers = (len(rows), columns, reader.num_frames, -1), reader.select(queries)
+            parts = [value.reshape(shape) for value in vars(answers).values()]
+            values[rows] = np.concatenate(parts, axis=-1)
+            for row in rows.tolist():
+                stage.mark(row)
+            progress(len(queries))
+    finally:
+        stage.flush()
+    flat = np.array(values).reshape(-1, reader.num_frames, 5)
+    selected = Selection(flat[..., :2], *np.moveaxis(flat[..., 2:], -1, 0))
+    labels = reader.links.labels(frame, grid.reshape(-1, 2))
+    return Anchors(frame, pitch, columns, labels, selected)

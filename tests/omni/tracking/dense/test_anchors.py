@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from omni.tracking.dense.anchors import Anchors, anchor_grid
-from omni.tracking.selection import Selection
+from omni.tracking.dense.anchors import anchor_grid, anchor_stage, answer_anchors
+from omni.tracking.readout import Reader
 
 
 @pytest.mark.parametrize("size, count", [((256, 256), (64, 64)), ((256, 455), (64, 114))])
@@ -21,30 +21,52 @@ def test_the_pitch_grows_with_the_video():
 
 
 @pytest.fixture
-def anchors():
-    random = np.random.default_rng(0)
-    xy, *others = (random.random((6, 4, *tail)).astype(np.float32) for tail in ((2,), (), (), ()))
-    return Anchors(3, 4.0, 3, np.arange(6, dtype=np.uint8), Selection(xy, *others))
+def reader(fitted, monkeypatch):
+    """With fewer anchors than the tiny video would have, answered row by row."""
+    monkeypatch.setattr("omni.tracking.dense.anchors.PITCH", 60.0)
+    monkeypatch.setattr("omni.tracking.dense.anchors.AT_ONCE", 1)
+    return Reader(fitted.trainer.store, fitted.trainer.field.eval(), chunk=4096)
 
 
-def test_saved_anchors_are_read_again_with_the_same_key_only(anchors, tmp_path):
-    path = tmp_path / "3.npz"
-    assert Anchors.load(path, "key") is None
-    anchors.save(path, "key")
-    loaded = Anchors.load(path, "key")
-    assert (loaded.frame, loaded.pitch, loaded.columns, loaded.rows) == (3, 4.0, 3, 2)
-    np.testing.assert_array_equal(loaded.labels, anchors.labels)
-    for name, value in vars(anchors.selected).items():
-        np.testing.assert_array_equal(getattr(loaded.selected, name), value)
-    assert Anchors.load(path, "another") is None
+def test_interrupted_anchors_are_continued_and_finished_ones_read(reader, tmp_path, monkeypatch):
+    def stage(key="key", folder=tmp_path):
+        return anchor_stage(folder, key, reader.size, reader.num_frames)
+
+    (tmp_path / "whole").mkdir()
+    whole = answer_anchors(reader, 1, stage(folder=tmp_path / "whole"))
+    rows, calls, select = whole.rows, [], reader.select
+    assert rows >= 4
+
+    def interrupted(queries):
+        calls.append(queries)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return select(queries)
+
+    monkeypatch.setattr(reader, "select", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer_anchors(reader, 1, stage())
+    assert stage().done.tolist() == [True] * 2 + [False] * (rows - 2)
+    finished = []
+    continued = answer_anchors(reader, 1, stage(), finished.append)
+    assert len(calls) == 3 + rows - 2 and sum(finished) == len(whole.labels)
+    again = answer_anchors(reader, 1, stage())
+    assert len(calls) == 3 + rows - 2, "nothing is left to answer"
+    for anchors in (continued, again):
+        for name, value in vars(whole.selected).items():
+            np.testing.assert_array_equal(getattr(anchors.selected, name), value)
+    assert not stage("another key").done.any()
 
 
-def test_damaged_anchors_are_computed_again(anchors, tmp_path):
-    path = tmp_path / "3.npz"
-    anchors.save(path, "key")
-    whole = path.read_bytes()
-    for data in (b"", whole[: len(whole) // 2], b"x" * 100):
-        path.write_bytes(data)
-        assert Anchors.load(path, "key") is None
-    np.savez(path, key="key", xy=np.array([{}], object))
-    assert Anchors.load(path, "key") is None
+def test_anchors_damaged_on_disk_are_answered_again(reader, tmp_path):
+    def stage():
+        return anchor_stage(tmp_path, "key", reader.size, reader.num_frames)
+
+    first = answer_anchors(reader, 1, stage())
+    (file,) = tmp_path.glob("*.npy")
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 255
+    file.write_bytes(data)
+    assert stage().done.tolist() == [True] * (first.rows - 1) + [False]
+    second = answer_anchors(reader, 1, stage())
+    np.testing.assert_array_equal(second.selected.sigma, first.selected.sigma)

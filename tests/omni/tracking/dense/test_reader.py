@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from omni.maths import grid_queries
-from omni.tracking.dense import DenseReader, answer_anchors, pixel_features
+from omni.tracking.dense import DenseReader, anchor_stage, answer_anchors, pixel_features
 from omni.tracking.readout import Reader
 
 TIMES = np.arange(6)
@@ -11,13 +11,15 @@ FRAME = 2
 
 
 @pytest.fixture(scope="module")
-def dense(fitted):
+def dense(fitted, tmp_path_factory):
     """Of a frame with fewer anchors than the tiny video would have."""
     store = fitted.trainer.store
     reader = Reader(store, fitted.trainer.field.eval(), chunk=4096)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("omni.tracking.dense.anchors.PITCH", 30.0)
-        anchors = answer_anchors(reader, FRAME)
+        folder = tmp_path_factory.mktemp("anchors")
+        stage = anchor_stage(folder, "key", store.size, store.num_frames)
+        anchors = answer_anchors(reader, FRAME, stage)
     assert 50 < len(anchors.labels) < 200 < np.prod(store.size)
     return DenseReader(store, anchors)
 
