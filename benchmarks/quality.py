@@ -39,11 +39,12 @@ FORMATS = {"TC": (1, 2), "seconds": (1, 1), "median": (1, 3), "psnr": (1, 1)}
 
 @dataclass(frozen=True)
 class Clip:
-    """A video, as a folder of frames, and its ground truth."""
+    """A video, as a folder of frames, and its ground truth, from a file or folder."""
 
     name: str
     frames: Path
     truth: Truth
+    source: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,9 +87,9 @@ def find_clips(folders: Sequence[Path], cache: Path) -> list[Clip]:
     for folder in folders:
         for path in [folder] if _is_clip(folder) else sorted(filter(_is_clip, folder.glob("*"))):
             if path.is_dir():
-                clips.append(Clip(path.name, path / "frames", load_truth(path / "truth.npz")))
+                clips.append(Clip(path.name, path / "frames", load_truth(path / "truth.npz"), path))
             else:
-                clips.append(Clip(path.stem, unpack(path, cache), load_truth(path)))
+                clips.append(Clip(path.stem, unpack(path, cache), load_truth(path), path))
     if not clips:
         raise OmniError(f"no clips in {', '.join(map(str, folders))}: .npz, or NAME/truth.npz")
     return clips

@@ -8,6 +8,7 @@ checkpoint written with one loads into the other.
 import importlib.util
 import logging
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -97,14 +98,13 @@ class GridEncoding(nn.Module):
     Source: Mueller et al., Instant Neural Graphics Primitives, section 3.
     """
 
-    PRIMES = (1, 2654435761, 805459861)
+    PRIMES = (1, 2654435761 - 2**32, 805459861)
 
     scales: Tensor
     resolutions: Tensor
     sizes: Tensor
     hashed: Tensor
     offsets: Tensor
-    corners: Tensor
 
     def __init__(self, levels: int, base: int, growth: float, log2_size: int, features: int = 2):
         super().__init__()
@@ -118,34 +118,41 @@ class GridEncoding(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=dtype), persistent=False)
 
         constant("scales", scales, torch.float32)
-        constant("resolutions", resolutions, torch.int64)
-        constant("sizes", sizes, torch.int64)
+        constant("resolutions", resolutions, torch.int32)
+        constant("sizes", sizes, torch.int32)
         constant("hashed", [r**3 > s for r, s in zip(resolutions, sizes, strict=True)], torch.bool)
-        constant("offsets", [sum(sizes[:level]) for level in range(levels)], torch.int64)
-        corners = [[c >> d & 1 for d in range(3)] for c in range(8)]
-        constant("corners", corners, torch.int64)
+        constant("offsets", [sum(sizes[:level]) for level in range(levels)], torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features `(N, levels * features)` of points `(N, 3)` in `[0, 1]`."""
         position = x[:, None] * self.scales[:, None] + 0.5
         cell = position.detach().floor()
-        fraction = (position - cell)[:, :, None]
-        corners = self.corners.to(x.dtype)
-        weights = (corners * fraction + (1 - corners) * (1 - fraction)).prod(-1)
-        index = self._index(cell.long()[:, :, None] + self.corners)
+        ends = torch.stack([cell + 1 - position, position - cell], dim=-1)
+        weights = _corners(torch.mul, *ends.unbind(-2))
+        index = self._index(cell.int())
         table = self.params.view(-1, self.features)
         rows = table.index_select(0, index.flatten()).view(*index.shape, self.features)
         return (rows * weights[..., None]).sum(2).flatten(1)
 
     def _index(self, cell: Tensor) -> Tensor:
-        """Table rows `(N, L, 8)` of integer grid corners `(N, L, 8, 3)`."""
-        x, y, z = cell.unbind(-1)
-        side = self.resolutions[:, None]
-        dense = x + side * (y + side * z)
-        mask = 0xFFFFFFFF
-        hashed = x ^ (y * self.PRIMES[1] & mask) ^ (z * self.PRIMES[2] & mask)
-        row = torch.where(self.hashed[:, None], hashed, dense) % self.sizes[:, None]
-        return row + self.offsets[:, None]
+        """Table rows `(N, L, 8)` of the corners of cells `(N, L, 3)`."""
+        x, y, z = torch.stack([cell, cell + 1], dim=-1).unbind(-2)
+        side, size = self.resolutions[:, None], self.sizes[:, None]
+        dense = _corners(torch.add, x, side * y, side * side * z)
+        # Remainders without divisions: a hashed level has 2^k rows, and no corner of a cell of a
+        # dense one lies more than once its rows too far.
+        dense = torch.where(dense < size, dense, dense - size)
+        hashed = _corners(torch.bitwise_xor, x, y * self.PRIMES[1], z * self.PRIMES[2])
+        rows = torch.where(self.hashed[:, None], hashed & (size - 1), dense)
+        return rows + self.offsets[:, None]
+
+
+def _corners(
+    combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, z: Tensor
+) -> Tensor:
+    """`(..., 8)` from values `(..., 2)` at the ends of each axis of a cell; x varies fastest."""
+    plane = combine(x[..., None, :], y[..., :, None])
+    return combine(plane[..., None, :, :], z[..., :, None, None]).flatten(-3)
 
 
 class TcnnGridEncoding(nn.Module):
