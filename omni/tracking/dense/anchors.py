@@ -95,6 +95,8 @@ def answer_anchors(
     """
     grid, pitch = anchor_grid(reader.size)
     columns, values = grid.shape[1], stage.arrays["anchors"]
+    # A checksum shows that a row is what was written, not that it was ours to write.
+    stage.done &= np.isfinite(values).all((1, 2, 3))
     progress(columns * int(stage.done.sum()))
     try:
         missing = np.flatnonzero(~stage.done)
