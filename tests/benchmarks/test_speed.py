@@ -114,7 +114,7 @@ def test_what_reads_and_writes_videos_may_be_missing():
 @pytest.mark.slow
 def test_every_stage_is_measured(measured, capsys):
     rows = {row["stage"]: row for row in measured("--parts", "stages")}
-    assert list(rows) == ["preprocess", "chains", "fit", "export", "visualize", "total"]
+    assert list(rows) == ["preprocess", "chains", "fit", "anchors", "export", "visualize", "total"]
     assert all(row["cpu_seconds"] > 0 and row["peak_mb"] > 100 for row in rows.values())
     assert rows["fit"]["steps"] == 3 and "| tiny | 5 | 1 | total |" in capsys.readouterr().out
 

@@ -16,8 +16,8 @@ from omni.tracking.selection import Selection
 
 __all__ = ["Anchors", "anchor_grid", "anchor_stage", "answer_anchors"]
 
-PITCH = 4.0
-"""Pixels between anchors at a short side of 256."""
+PITCH, SMALLEST_PITCH = 4.0, 2.0
+"""Pixels between anchors at a short side of 256, and in the smallest frames."""
 
 AT_ONCE = 2000
 """Anchors that are answered, and marked as finished, together."""
@@ -52,7 +52,7 @@ def anchor_grid(size: tuple[int, int]) -> tuple[np.ndarray, float]:
 
     A cell cut by the border of the frame has its anchor within the frame.
     """
-    pitch = PITCH * min(size) / REFERENCE_SIDE
+    pitch = max(SMALLEST_PITCH, PITCH * min(size) / REFERENCE_SIDE)
     height, width = size
     x, y = (
         np.minimum((np.arange(np.ceil(side / pitch)) + 0.5) * pitch, side - 0.5)

@@ -330,9 +330,7 @@ def test_a_command_on_a_run_it_cannot_use_prints_one_sentence_and_makes_no_folde
 
 
 @pytest.fixture
-def fitted_run(run, small_config, monkeypatch):
-    """A fitted run of few anchors."""
-    monkeypatch.setattr("omni.tracking.dense.anchors.PITCH", 40.0)
+def fitted_run(run, small_config):
     runs.fit(run, replace(small_config, optim=replace(small_config.optim, steps=30)))
     return runs.load(run, "cpu")
 

@@ -18,12 +18,12 @@ def test_every_pixel_has_an_anchor_within_half_a_pitch_and_all_lie_in_the_frame(
 
 def test_the_pitch_grows_with_the_video():
     assert anchor_grid((512, 512))[0].shape == (64, 64, 2)
+    assert anchor_grid((16, 256))[0].shape == (8, 128, 2), "but not below two pixels"
 
 
 @pytest.fixture
 def reader(fitted, monkeypatch):
-    """With fewer anchors than the tiny video would have, answered row by row."""
-    monkeypatch.setattr("omni.tracking.dense.anchors.PITCH", 60.0)
+    """Answers its anchors row by row."""
     monkeypatch.setattr("omni.tracking.dense.anchors.AT_ONCE", 1)
     return Reader(fitted.trainer.store, fitted.trainer.field.eval(), chunk=4096)
 

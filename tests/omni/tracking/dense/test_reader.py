@@ -12,16 +12,10 @@ FRAME = 2
 
 @pytest.fixture(scope="module")
 def dense(fitted, tmp_path_factory):
-    """Of a frame with fewer anchors than the tiny video would have."""
     store = fitted.trainer.store
     reader = Reader(store, fitted.trainer.field.eval(), chunk=4096)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("omni.tracking.dense.anchors.PITCH", 30.0)
-        folder = tmp_path_factory.mktemp("anchors")
-        stage = anchor_stage(folder, "key", store.size, store.num_frames)
-        anchors = answer_anchors(reader, FRAME, stage)
-    assert 50 < len(anchors.labels) < 200 < np.prod(store.size)
-    return DenseReader(store, anchors)
+    stage = anchor_stage(tmp_path_factory.mktemp("anchors"), "key", store.size, store.num_frames)
+    return DenseReader(store, answer_anchors(reader, FRAME, stage))
 
 
 @pytest.fixture(scope="module")
