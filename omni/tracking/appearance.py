@@ -21,6 +21,9 @@ LARGEST_DIFFERENCE = 30.0
 COLOR_SCALE = 8.0
 """Grey levels from the centre of its patch at which the weight of a sample is 1 / e."""
 
+PATCHES = 1024
+"""Patches compared at once: they stay in the processor's cache, and few points are one call."""
+
 _LINE_SAMPLES = 8
 
 _GRAY = np.array([0.299, 0.587, 0.114], np.float32)
@@ -94,24 +97,26 @@ def color_differences(
     center = np.broadcast_to(template[:, [middle]], template.shape)
     weight = np.exp(-_color_distance(template, center) / COLOR_SCALE)
     weight /= weight.sum(1, keepdims=True)
-    times = np.arange(num_frames)
+    times, together = np.arange(num_frames), max(1, PATCHES // max(1, count))
     result = np.empty((5, num_candidates, count, num_frames), np.float32)
     for t in times:
         gap = np.where(reliable & (times != t), np.abs(times - t), num_frames)
         nearest = np.where(reliable.sum(1) > 1, gap.argmin(1), query_frames)
         recent = patches[nearest, points]
-        for k in range(num_candidates):
-            colors = _colors(frames[t], xy[k, :, t], offsets)
+        for first in range(0, num_candidates, together):
+            some = xy[first : first + together, :, t]
+            colors = _colors(frames[t], some.reshape(-1, 2), offsets)
+            shape = (*some.shape[:2], len(offsets))
             from_query, from_recent = (
-                np.minimum(_color_distance(colors, patch), LARGEST_DIFFERENCE)
-                for patch in (template, recent)
+                np.minimum(_color_distance(colors, tiled), LARGEST_DIFFERENCE).reshape(shape)
+                for tiled in (np.tile(patch, (len(some), 1, 1)) for patch in (template, recent))
             )
-            result[:, k, :, t] = (
-                from_query[:, middle],
-                from_query.mean(1),
-                (from_query * weight).sum(1),
-                from_recent[:, middle],
-                from_recent.mean(1),
+            result[:, first : first + together, :, t] = (
+                from_query[..., middle],
+                from_query.mean(-1),
+                (from_query * weight).sum(-1),
+                from_recent[..., middle],
+                from_recent.mean(-1),
             )
     return result
 

@@ -39,13 +39,17 @@ from omni.tracking.tracks import Tracks
 
 __all__ = ["Reader"]
 
-GATHERED, SCORED = 2**20, 2**19
-"""Positions of candidates that a thread gathers at once, 60 bytes each with the chains behind them,
-and scores at once, 500 bytes each: some seconds of work, which bounds the delay of an interruption.
-"""
+GATHERED, SCORED = 2**22, 2**19
+"""Most positions of candidates that a thread gathers at once, 60 bytes each with the chains behind
+them, and scores at once, 500 bytes each."""
+
+POINTS = 768
+"""Most points of which a thread gathers candidates at once: some seconds of work, which bounds the
+delay of an interruption. Few more would not be faster, many fewer slower: every frame costs some
+time, however few the points are."""
 
 THREAD_BYTES = 60 * GATHERED + 500 * SCORED
-"""Memory that a thread needs."""
+"""Most memory that a thread needs."""
 
 HALF_STEP = 0.05
 """Frames before and after over which velocities are central differences."""
@@ -152,7 +156,7 @@ class Reader(FieldReader):
         frames, chains, field = self._estimates(self._checked(query_points))
         assert field is not None
         path = self._fused_path(frames, chains, field)
-        for rows in _parts(len(path), self._points_for(GATHERED)):
+        for rows in _parts(len(path), min(POINTS, self._points_for(GATHERED))):
             yield from self._candidates_of(frames, chains, field, path, rows)
 
     def select(self, query_points: np.ndarray) -> Selection:
@@ -199,7 +203,7 @@ class Reader(FieldReader):
             select_one = partial(select_candidates, network, scale=self._scale)
             return Selection.joined([select_one(features, part) for part, features in parts])
 
-        at_once = self._points_for(GATHERED)
+        at_once = min(POINTS, self._points_for(GATHERED))
         return Selection.joined(run_in_slices(select, len(frames), at_once, THREAD_BYTES))
 
     def _estimates(self, points: np.ndarray) -> tuple[np.ndarray, Chains, FieldEstimate | None]:
