@@ -2,6 +2,10 @@
 
     python benchmarks/ablation.py --data ../shared/data/synthetic/dev --config cpu -o ablation.json
 
+Every variant of the fit is scored fused with chains, by the field alone (`field ...`), and by the
+pictures that it renders. `hidden` is the median distance in pixels at 256 x 256 between a point
+and where it truly is, while another surface occludes it.
+
 `free-form` replaces the inverse of the bijections by networks of their own, so that nothing
 guarantees that mapping there and back is the identity. It exists here alone. `fitted frames` and
 `omitted frames` both score (delta_avg alone) a fit to every second frame: at the frames that were
@@ -16,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from quality import COLUMNS, Clip, find_clips, fitted, prepared, table
+from quality import Clip, find_clips, fitted, prepared, table
 from record import write_record
 from torch import Tensor
 
@@ -26,7 +30,7 @@ from omni.config import Config, load_config
 from omni.errors import OmniError
 from omni.evaluation import DISTANCES, delta, evaluate, queries
 from omni.field import RealNVP
-from omni.maths import rescale
+from omni.maths import inside, rescale
 from omni.store import Store
 from omni.tracking import Reader, Tracks
 
@@ -38,9 +42,11 @@ SETTINGS = {
     "no chains": ["sampling.tracks=0"],
     "free-form": [],
 }
-READ_OUT = ("field alone", "chains alone")
+CHAINS = "chains alone"
 HALF_RATE = ("fitted frames", "omitted frames")
-VARIANTS = (*SETTINGS, *READ_OUT, *HALF_RATE)
+VARIANTS = (*SETTINGS, CHAINS, *HALF_RATE)
+SHOWN = ("AJ", "delta_avg", "OA", "TC", "hidden")
+FIELD = ("field AJ", "field delta_avg", "field OA", "field hidden", "psnr")
 
 
 class FreeForm(RealNVP):
@@ -73,7 +79,7 @@ def main() -> None:
             rows.append({"clip": clip.name, "method": variant, "seed": 0})
             rows[-1] |= measure(clip, variant, options.runs, config)
             print(f"{clip.name} {variant}: delta {rows[-1]['delta_avg']:.3f}", file=sys.stderr)
-    print(table(rows))
+    print(table(rows, (*SHOWN, *FIELD)))
     if options.out:
         write_record(options.out, results=rows)
 
@@ -94,21 +100,46 @@ def measure(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str, 
     """Scores of one variant on one clip."""
     if variant in HALF_RATE:
         return half_rate(clip, variant, cache, config)
-    config = load_config(config, SETTINGS.get(variant, []))
-    reader = fit(clip, variant, cache, config)
-    points = queries(clip.truth, "given").query_points.astype(np.float32)
-    if variant == "chains alone":
+    if variant == CHAINS:
         store = Store.open(prepared(clip, cache, config))
-        tracks = Reader(store, None, reader.chunk).tracks(points)
-    elif variant == "field alone":
-        tracks = field_alone(reader, points)
-    else:
-        tracks = reader.tracks(points)
-    return {**evaluate(tracks, clip.truth, "given"), "seconds": None}
+        reader = Reader(store, None, config.output.chunk)
+        return scores(reader.tracks(points_of(clip)), clip) | dict.fromkeys(FIELD)
+    reader = fit(clip, variant, cache, load_config(config, SETTINGS[variant]))
+    alone = scores(field_alone(reader, points_of(clip)), clip)
+    alone = {f"field {name}": value for name, value in alone.items()}
+    return scores(reader.tracks(points_of(clip)), clip) | alone | {"psnr": psnr(reader)}
+
+
+def points_of(clip: Clip) -> np.ndarray:
+    """The queries `(N, 3)` of a clip, t y x."""
+    return queries(clip.truth, "given").query_points.astype(np.float32)
+
+
+def scores(tracks: Tracks, clip: Clip) -> dict[str, float]:
+    """Metrics of TAP-Vid, TC, and `hidden`, None where no point is ever hidden."""
+    truth = queries(clip.truth, "given")
+    distance = np.linalg.norm(
+        rescale(tracks.tracks, tracks.size, (256, 256))
+        - rescale(truth.tracks, truth.size, (256, 256)),
+        axis=-1,
+    )
+    inbounds = inside(np.nan_to_num(truth.tracks, nan=-1), truth.size)
+    hidden = distance[~truth.visible & truth.annotated & inbounds]
+    median = float(np.median(hidden)) if len(hidden) else None
+    return {**evaluate(tracks, clip.truth, "given"), "hidden": median}
+
+
+def psnr(reader: Reader) -> float:
+    """Peak signal-to-noise ratio (dB) of every eighth frame as the field renders it."""
+    square = []
+    for t in range(0, reader.num_frames, 8):
+        color, _ = reader.render(t)
+        square.append(np.square(color - reader.frames[t] / np.float32(255)).mean())
+    return float(-10 * np.log10(np.mean(square)))
 
 
 def fit(clip: Clip, variant: str, cache: Path, config: Config) -> Reader:
-    """The reader of a fit, made once; read-out variants share the full one."""
+    """The reader of a fit, made once."""
     free = variant == "free-form"
     with free_form() if free else contextlib.nullcontext():
         folder = fitted(clip, cache, config, variant if free else "")
@@ -144,7 +175,7 @@ def half_rate(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str
     data = dataclasses.replace(config.data, stride=2)
     reader = fit(clip, variant, cache, dataclasses.replace(config, data=data))
     truth = clip.truth
-    points = queries(truth, "given").query_points.astype(np.float32)
+    points = points_of(clip)
     rows = points[:, 0] % 2 == 0
     frames = np.arange(variant == "omitted frames", 2 * reader.num_frames - 1, 2)
     halved = points[rows] / np.array([2, 1, 1], np.float32)
@@ -154,7 +185,7 @@ def half_rate(clip: Clip, variant: str, cache: Path, config: Config) -> dict[str
     visible = truth.visible[rows][:, frames]
     scored = truth.annotated[rows][:, frames] & (frames != points[rows, :1])
     scores = [delta(found, true, visible, scored, distance) for distance in DISTANCES]
-    return dict.fromkeys(COLUMNS) | {"delta_avg": float(np.mean(scores))}
+    return dict.fromkeys((*SHOWN, *FIELD)) | {"delta_avg": float(np.mean(scores))}
 
 
 if __name__ == "__main__":

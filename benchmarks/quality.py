@@ -34,6 +34,7 @@ from omni.tracking import Reader, read_arrays
 METHODS = ("ours", "chains", "mft", "chain", "direct")
 COLUMNS = ("AJ", "delta_avg", "OA", "TC", "delta_seg", "delta_3px", "seconds")
 FORMATS = {"TC": (1, 2), "seconds": (1, 1), "median": (1, 3), "psnr": (1, 1)}
+FORMATS |= {"hidden": (1, 2), "field hidden": (1, 2)}
 """Factor and decimals of the columns that are no shares, which are in percent."""
 
 

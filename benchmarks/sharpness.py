@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ablation import SETTINGS, field_alone
+from ablation import SETTINGS, field_alone, psnr
 from quality import Clip, find_clips, fitted, table
 from record import write_record
 
@@ -23,7 +23,6 @@ from omni.config import Config, load_config
 from omni.errors import OmniError
 from omni.evaluation import evaluate, queries, scored_frames
 from omni.maths import rescale
-from omni.tracking import Reader
 
 TERMS = {
     "both": [],
@@ -77,15 +76,6 @@ def measure(clip: Clip, cache: Path, config: Config) -> dict[str, float]:
         "delta_avg": scores["delta_avg"],
         "psnr": psnr(reader),
     }
-
-
-def psnr(reader: Reader) -> float:
-    """Peak signal-to-noise ratio (dB) of rendered frames."""
-    square = []
-    for t in range(0, reader.num_frames, 8):
-        color, _ = reader.render(t)
-        square.append(np.square(color - reader.frames[t] / np.float32(255)).mean())
-    return float(-10 * np.log10(np.mean(square)))
 
 
 if __name__ == "__main__":
