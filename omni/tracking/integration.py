@@ -236,15 +236,11 @@ class _Integration:
     def _landmark_candidates(
         self, target: int, step: int, rows: np.ndarray
     ) -> Iterator[_Candidate]:
-        """A candidate from each key frame matched with `target`, and one from imported tracks.
-
-        Feature matches are used only over more frames than the longest stored flow.
-        """
+        """A candidate from some key frames matched with `target`, and one from imported tracks."""
         chains, landmarks = self.chains, self.landmarks
         if landmarks is None:
             return
-        away = {s: (target - s) * step for s in landmarks.sources(target)}
-        sources = [source for source, gap in away.items() if gap > self.links.gaps[-1]]
+        sources = self._key_frames(landmarks, target, step)
         if sources:
             nearest = self._nearest_strict(target, rows)
         for source in sources:
@@ -259,6 +255,16 @@ class _Integration:
             frames = self.frames[rows]
             arrived, sigma = landmarks.observe(frames, chains.xy[frames, rows], target)
             yield self._after_landmark(frames, target, rows, arrived, sigma)
+
+    def _key_frames(self, landmarks: Landmarks, target: int, step: int) -> list[int]:
+        """Key frames whose feature matches with `target` are used, the nearest first.
+
+        Only over more frames than the longest stored flow, and of those the nearest, the second,
+        the fourth, the eighth, ...: all of them would make a frame of a long video cost more.
+        """
+        away = {(target - source) * step: source for source in landmarks.sources(target)}
+        beyond = [away[gap] for gap in sorted(away) if gap > self.links.gaps[-1]]
+        return [beyond[2**k - 1] for k in range(len(beyond).bit_length())]
 
     def _nearest_strict(self, target: int, rows: np.ndarray) -> np.ndarray:
         """Positions `(n, 2)` in the strict frame of each point that is nearest to `target`."""
