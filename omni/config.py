@@ -92,6 +92,8 @@ class ModelConfig:
     """a small network per coupling maps the frame code first (paper)"""
     motion: Literal["affine", "none"] = "affine"
     """per-frame global motion composed before the couplings"""
+    planes: int = 0
+    """evenly spaced depths with an affine motion per frame of their own; 0: none"""
     canonical: Literal["grid", "gabor"] = "grid"
     """canonical network: multi-resolution grid and small network, or the paper's"""
     canonical_hidden: int = 32
@@ -146,10 +148,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the loss terms, each ramped as a fraction of the run (see docs/method.md).
-
-    The name of a field is the name of the term in `omni.field.objective`.
-    """
+    """Weights of the terms of `omni.field.objective` by name, each ramped (see docs/method.md)."""
 
     robust: bool = True
     """flow residual: pseudo-Huber in units of sigma; else mean absolute pixels (paper)"""
@@ -188,7 +187,7 @@ class OptimConfig:
     lr_surface: float = 1e-2
     """learning rate of the surface maps"""
     lr_motion: float = 1e-3
-    """learning rate of the global motion"""
+    """learning rate of the planes' motion, or of the global one where there are no planes"""
     warmup: int = 50
     """steps of linear warm-up"""
     decay: Literal["cosine", "step"] = "cosine"
@@ -262,6 +261,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "model.scale_bound": (1e-3, 16),
     "model.code_dim": (1, 4096),
     "model.code_spacing": (0.5, 1e4),
+    "model.planes": (0, 1024),
     "model.canonical_hidden": (1, 4096),
     "model.grid_levels": (1, 32),
     "model.grid_base": (2, 1 << 12),

@@ -64,7 +64,7 @@ class Objective:
             "photometric": losses.photometric(color, batch.color),
             "depth_range": losses.depth_range(mapped[..., 2], NEAR, FAR),
         }
-        if field.surface is not None:
+        if field.surface is not None and config.surface.weight:
             terms["surface"] = self._surface(field, batch, rays, reached)
         if config.constancy.weight:
             here = self.sampler.patches(batch.source, batch.xy)

@@ -20,12 +20,13 @@ def make_optimizer(field: Field, optim: OptimConfig) -> torch.optim.Optimizer:
     """
     code = list(field.bijection.code.parameters())
     known = {id(p) for p in code}
+    motion = field.motion if field.planes is None else field.planes
     groups = {
         "mapping": [p for p in field.bijection.parameters() if id(p) not in known],
         "code": code,
         "canonical": list(field.volume.parameters()),
         "surface": list(field.surface.parameters()) if field.surface is not None else [],
-        "motion": list(field.motion.parameters()) if field.motion is not None else [],
+        "motion": list(motion.parameters()) if motion is not None else [],
     }
     return torch.optim.Adam(
         [

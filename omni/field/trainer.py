@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from omni.field.checkpoint import is_count, load_checkpoint, restore_optimizer, 
 from omni.field.held_out import LARGEST_IN_FRONT, MEASURES, evaluate_held_out, has_failed
 from omni.field.initialisation import global_motion, surface_depth
 from omni.field.model import FAR, NEAR, Field
+from omni.field.motion_layers import find_layers
 from omni.field.objective import Objective
 from omni.field.optimizer import make_optimizer
 from omni.field.sampling import Batch, CorrespondenceSampler, LongTracks
@@ -53,6 +55,8 @@ def fit_key(store: Store, config: Config, imported: str = "") -> str:
         settings.pop(section)
     for cadence in ("checkpoint_seconds", "log_every", "image_every"):
         settings["optim"].pop(cadence)
+    if not config.model.planes:
+        settings["model"].pop("planes")  # so that the fits of versions without planes go on
     stages = store.manifest["stages"]
     return digest(settings, config.flow.cycle_threshold, stages["evidence"]["key"], imported)
 
@@ -83,7 +87,7 @@ class Trainer:
         imported: str = "",
     ):
         self.store, self.config, self.device = store, config, device
-        self.path = checkpoint
+        self.path, self.tracks = checkpoint, tracks
         self.on_scalars: Callable[[int, dict[str, float]], None] = lambda step, values: None
         self.on_images: Callable[[Trainer], None] = lambda trainer: None
         self.key = fit_key(store, config, imported)
@@ -242,6 +246,8 @@ class Trainer:
         if self.field.surface is not None and result["in_front"] > LARGEST_IN_FRONT:
             with torch.no_grad():
                 self.field.surface.depth.neg_().add_(NEAR + FAR)
+                if self.field.planes is not None:  # every layer keeps its motion
+                    self.field.planes.values.copy_(self.field.planes.values.flip(1))
         self.optimizer = make_optimizer(self.field, self.config.optim)
         self.sampler.residual.fill_(1)
 
@@ -369,7 +375,7 @@ class Trainer:
         return min(means[-patience:]) > 0.99 * min(means[:-patience])
 
     def _new_field(self, seed: int) -> Field:
-        """Random weights; global motion and surface maps from the flows."""
+        """Random weights; motion and surface maps from the flows and the long tracks."""
         config, store = self.config, self.store
         torch.manual_seed(seed)
         field = Field(store.num_frames, config.model, config.render, self.device.type == "cuda")
@@ -377,7 +383,13 @@ class Trainer:
         with torch.no_grad():
             if field.motion is not None:
                 field.motion.matrices.copy_(torch.from_numpy(motion))
-            if field.surface is not None:
+            if field.planes is not None and field.surface is not None and self.tracks is not None:
+                planes, cells = config.model.planes, config.model.surface
+                removed = motion if field.motion is not None else 0 * motion + np.eye(2, 3)
+                maps, shown = find_layers(store, removed, self.tracks, planes, cells)
+                field.planes.start_from(torch.from_numpy(maps))
+                field.surface.depth.copy_((torch.from_numpy(shown) + 0.5) * (FAR - NEAR) / planes)
+            elif field.surface is not None:
                 depth = surface_depth(store, motion, config.model.surface)
                 field.surface.depth.copy_(torch.from_numpy(depth))
         return field.to(self.device)

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 
 from omni.field import Field, Rays
-from omni.maths import denormalize, inside, normalize, pixel_centers, processing_size, rescale
+from omni.maths import (
+    REFERENCE_SIDE,
+    denormalize,
+    inside,
+    normalize,
+    pixel_centers,
+    processing_size,
+    rescale,
+)
 from omni.store import Store
 from omni.system import out_of_memory
 from omni.tracking.fusion import FieldEstimate
@@ -21,6 +29,10 @@ __all__ = ["FieldReader"]
 log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK = 16
+
+SAME_POINT = 6.0
+"""Pixels at a short side of 256 from the query, to which the surface seen where the field takes a
+point must lead back: else another surface hides the point there."""
 
 
 class FieldReader:
@@ -85,17 +97,19 @@ class FieldReader:
         """Positions `(n, T, 2)` in processing pixels and visibility `(n, T)`; one query time."""
         assert self.field is not None
         query = np.ascontiguousarray(rescale(points[:, :0:-1], self.video_size, self.size))
-        xy = normalize(torch.from_numpy(query), self.size).to(self.device)
-        rays = self.field.cast(torch.tensor([float(points[0, 0])], device=self.device), xy[None])
+        start = torch.from_numpy(query).to(self.device)
+        moment = torch.tensor([float(points[0, 0])], device=self.device)
+        rays = self.field.cast(moment, normalize(start, self.size)[None])
         moments = torch.as_tensor(times, dtype=torch.float32, device=self.device)
+        near = SAME_POINT * min(self.size) / REFERENCE_SIDE
         positions, visibility = [], []
-        for part in moments.split(max(1, self.chunk // len(xy))):
+        for part in moments.split(max(1, self.chunk // len(start))):
             arrived, _ = self.field.follow(_repeated(rays, len(part)), part)
-            seen = self.field.seen_depth(part, arrived[..., :2])
-            margin = self.field.render.occlusion_margin
-            probability = torch.sigmoid((seen + margin - arrived[..., 2]) * (4 / margin))
+            seen = self.field.cast(part, arrived[..., :2])
+            back, _ = self.field.follow(seen, moment.expand_as(part))
+            away = (denormalize(back[..., :2], self.size) - start).norm(dim=-1)
             pixels = denormalize(arrived[..., :2], self.size)
-            probability = probability * inside(pixels, self.size)
+            probability = torch.sigmoid(4 * (1 - away / near)) * inside(pixels, self.size)
             positions.append(pixels.transpose(0, 1).cpu().numpy())
             visibility.append(probability.T.cpu().numpy())
         return np.concatenate(positions, axis=1), np.concatenate(visibility, axis=1)

@@ -2,7 +2,8 @@
 
 `tests/data/run_of_10ef6e7.tar.xz` holds a run of six frames of 48 x 64 pixels whose fit was
 stopped at step 31 of 60, and the tracks that the older version gave before the fit and after it.
-On one machine the results are the same to the last bit; other processors sum in another order.
+Chains are the same but for the order in which processors sum. The read-out of a fit has changed
+since: by what the field predicts to be visible.
 """
 
 import shutil
@@ -18,8 +19,9 @@ from omni.store import Store
 from omni.tracking import Reader, Tracks
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "data" / "run_of_10ef6e7.tar.xz"
-SAME = 0.02
-"""Pixels by which processors may differ: a point moves by several in this clip."""
+SAME, SIMILAR = 0.02, 0.2
+"""Pixels by which chains may differ, and answers of the fit: a point moves by several in this clip.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +37,11 @@ def run(older, tmp_path):
     return shutil.copytree(older / "run_folder", tmp_path / "run")
 
 
-def assert_same(tracks, path):
-    expected = Tracks.load(path)
-    np.testing.assert_allclose(tracks.tracks, expected.tracks, atol=SAME)
-    np.testing.assert_allclose(tracks.sigma, expected.sigma, rtol=0.05, atol=0.01)
-    np.testing.assert_allclose(tracks.visibility, expected.visibility, atol=0.02)
+def assert_same(tracks, path, pixels=SAME):
+    expected, share = Tracks.load(path), pixels
+    np.testing.assert_allclose(tracks.tracks, expected.tracks, atol=pixels)
+    np.testing.assert_allclose(tracks.sigma, expected.sigma, rtol=2 * share, atol=share)
+    np.testing.assert_allclose(tracks.visibility, expected.visibility, atol=share)
 
 
 def test_its_flows_are_read_and_followed(older, run):
@@ -56,7 +58,7 @@ def test_its_fit_continues_where_it_stopped_and_ends_where_the_older_version_end
     assert "anew" not in caplog.text
     state = load_checkpoint(run / "checkpoint.pt")
     assert state["step"] == 60 and [entry["step"] for entry in state["history"]] == [20, 40, 60]
-    assert_same(omni.load(run, "cpu").tracks(queries(older)), older / "tracks.npz")
+    assert_same(omni.load(run, "cpu").tracks(queries(older)), older / "tracks.npz", SIMILAR)
 
 
 def test_its_settings_are_read(run):

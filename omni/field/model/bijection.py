@@ -16,7 +16,7 @@ from torch.nn.functional import leaky_relu
 from omni.field.model.networks import GaborNetwork, encoded_width, positional_encoding
 from omni.maths import bspline_weights, catmull_rom_weights, num_control_points, table_at
 
-__all__ = ["Coupling", "GaborCode", "GlobalMotion", "RealNVP", "SplineCode"]
+__all__ = ["Coupling", "GaborCode", "GlobalMotion", "PlaneMotion", "RealNVP", "SplineCode"]
 
 AXES = (2, 1, 0)
 """Axis changed by successive couplings: z, y, x, z, y, x, ..."""
@@ -222,3 +222,63 @@ class GlobalMotion(nn.Module):
         inverse = adjugate / (a * d - b * c)[..., None, None]
         xy = (points[..., :2] - matrix[..., None, :, 2]) @ inverse.mT
         return torch.cat([xy, points[..., 2:]], dim=-1)
+
+
+class PlaneMotion(nn.Module):
+    """Affine map of x, y per frame and depth: every plane of evenly spaced depths has its own.
+
+    Between planes the parameters are interpolated, so that the map is a coupling: of x and y
+    together, given z and the time. `xy' = R(angle) [[e^a, k], [0, e^b]] xy + t` reaches every
+    orientation-preserving affine map and is invertible for all values of its parameters.
+
+    Source: layered motion, Wang and Adelson 1994; the coupling of Dinh et al., Real NVP.
+    """
+
+    def __init__(self, num_frames: int, planes: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_frames, planes, 6))
+
+    def start_from(self, maps: Tensor) -> None:
+        """Take over affine maps `(P, T, 2, 3)` of the planes, the nearest one first."""
+        (a, b, shift_x), (c, d, shift_y) = (row.unbind(-1) for row in maps.double().unbind(-2))
+        angle, stretch = torch.atan2(c, a), torch.hypot(a, c)
+        # Without jumps by whole turns, between which times could not be interpolated.
+        turn = 2 * torch.pi * torch.round(angle.diff(dim=1) / (2 * torch.pi)).cumsum(1)
+        angle = torch.cat([angle[:, :1], angle[:, 1:] - turn], dim=1)
+        across = ((a * d - b * c) / stretch).clamp(min=1e-3)
+        shear = (a * b + c * d) / stretch
+        values = [angle, stretch.log(), across.log(), shear, shift_x, shift_y]
+        with torch.no_grad():
+            self.values.copy_(torch.stack(values, dim=-1).transpose(0, 1))
+
+    def at(self, times: Tensor) -> Tensor:
+        """Parameters `(K, P, 6)` of the planes at `(K,)` times, frames."""
+        return table_at(self.values, *catmull_rom_weights(times, len(self.values)))
+
+    @staticmethod
+    def stabilize(points: Tensor, values: Tensor) -> Tensor:
+        """Stabilised `(K, N, 3)` to a plane in which every layer is at rest."""
+        (a, b, c, d), shift = _plane_maps(points, values)
+        x, y = points[..., :2].unbind(-1)
+        xy = torch.stack([a * x + b * y, c * x + d * y], dim=-1) + shift
+        return torch.cat([xy, points[..., 2:]], dim=-1)
+
+    @staticmethod
+    def restore(points: Tensor, values: Tensor) -> Tensor:
+        """The exact inverse of `stabilize`."""
+        (a, b, c, d), shift = _plane_maps(points, values)
+        x, y = (points[..., :2] - shift).unbind(-1)
+        xy = torch.stack([d * x - b * y, a * y - c * x], dim=-1) / (a * d - b * c)[..., None]
+        return torch.cat([xy, points[..., 2:]], dim=-1)
+
+
+def _plane_maps(points: Tensor, values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Matrices, four of `(K, N)`, and shifts `(K, N, 2)` at the depths of points `(K, N, 3)`."""
+    planes = values.shape[1]
+    # In the parameters' precision, whatever the points': both directions read the same depth.
+    place = ((points[..., 2].to(values.dtype) + 1) * (planes / 2) - 0.5).clamp(0, planes - 1)
+    share = (1 - (place[..., None] - torch.arange(planes, device=place.device)).abs()).clamp(min=0)
+    angle, a, b, k, *shift = (share @ values).to(points.dtype).unbind(-1)
+    cos, sin, a, b = angle.cos(), angle.sin(), a.exp(), b.exp()
+    matrix = cos * a, cos * k - sin * b, sin * a, sin * k + cos * b
+    return matrix, torch.stack(shift, dim=-1)

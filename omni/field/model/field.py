@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from omni.config import ModelConfig, RenderConfig
 from omni.field.model import rendering
-from omni.field.model.bijection import GaborCode, GlobalMotion, RealNVP, SplineCode
+from omni.field.model.bijection import GaborCode, GlobalMotion, PlaneMotion, RealNVP, SplineCode
 from omni.field.model.canonical import CanonicalVolume
 
 __all__ = ["Field", "Rays", "SurfaceMap"]
@@ -85,6 +85,22 @@ class SurfaceMap(nn.Module):
         return depth
 
 
+class LayerMap(SurfaceMap):
+    """Depth of the layer visible in each cell of each frame.
+
+    Between two layers there is no surface, so nothing is interpolated.
+    """
+
+    def at(self, times: Tensor, xy: Tensor) -> Tensor:
+        """Depth `(K, N)` in the cell and the frame nearest to normalised `xy` `(K, N, 2)`."""
+        num_frames, cells, _ = self.depth.shape
+        frame = times.round().long().clamp(0, num_frames - 1)[:, None]
+        position = (xy.detach().nan_to_num() + 1) * (cells / 2)
+        column, row = position.clamp(0, cells - 1).long().unbind(-1)
+        index = (frame * cells + row) * cells + column
+        return self.depth.flatten().index_select(0, index.flatten()).view_as(index)
+
+
 class Field(nn.Module):
     """Bijections between every time and one canonical volume, with its density and colour.
 
@@ -121,7 +137,11 @@ class Field(nn.Module):
             identity_start=model.identity_start,
         )
         self.motion = GlobalMotion(num_frames) if model.motion == "affine" else None
-        self.surface = SurfaceMap(num_frames, model.surface) if model.surface else None
+        self.planes = PlaneMotion(num_frames, model.planes) if model.planes else None
+        if self.motion is not None and self.planes is not None:
+            self.motion.requires_grad_(False)  # whatever it misses, the planes can do
+        surface_map = LayerMap if model.planes else SurfaceMap
+        self.surface = surface_map(num_frames, model.surface) if model.surface else None
         self.volume = CanonicalVolume(
             model.canonical,
             model.canonical_hidden,
@@ -144,6 +164,8 @@ class Field(nn.Module):
         In `eval` mode points are in double precision, here and in `from_canonical`.
         """
         local = self.stabilize(times, _centered(self._promoted(points)))
+        if self.planes is not None:
+            local = PlaneMotion.stabilize(local, self.planes.at(times))
         return self.bijection(local, self.bijection.embed(times))[0]
 
     def from_canonical(self, times: Tensor, points: Tensor, stabilized: bool = False) -> Tensor:
@@ -153,6 +175,8 @@ class Field(nn.Module):
         plane, where a static scene does not move.
         """
         local = self.bijection.inverse(self._promoted(points), self.bijection.embed(times))[0]
+        if self.planes is not None:
+            local = PlaneMotion.restore(local, self.planes.at(times))
         if self.motion is not None and not stabilized:
             local = GlobalMotion.restore(local, self.motion.at(times))
         return _uncentered(local)

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from omni.field.model.bijection import GaborCode, GlobalMotion, RealNVP, SplineCode
+from omni.field.model.bijection import (
+    GaborCode,
+    GlobalMotion,
+    PlaneMotion,
+    RealNVP,
+    SplineCode,
+)
 
 FRAMES = 9
 TIMES = torch.tensor([0.0, 3.4, 8.0])
@@ -130,3 +136,48 @@ def test_global_motion_maps_by_rows_of_its_matrix():
     matrix = torch.tensor([[[2.0, 0.5, 0.1], [0.0, 3.0, -0.2]]])
     moved = GlobalMotion.stabilize(torch.tensor([[[1.0, 2.0, 7.0]]]), matrix)
     assert torch.allclose(moved, torch.tensor([[[3.1, 5.8, 7.0]]]))
+
+
+def random_planes():
+    planes = PlaneMotion(FRAMES, 4)
+    torch.manual_seed(6)
+    with torch.no_grad():
+        planes.values.copy_(torch.randn(FRAMES, 4, 6))
+    return planes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_plane_motion_is_undone_exactly_and_leaves_depth_alone(dtype, tolerance):
+    planes, x = random_planes(), points((3, 50), dtype)  # single precision, whatever the points
+    values = planes.at(TIMES)
+    moved = PlaneMotion.stabilize(x, values)
+    assert (moved - x)[..., :2].abs().max() > 0.5 and torch.equal(moved[..., 2], x[..., 2])
+    assert torch.allclose(PlaneMotion.restore(moved, values), x, atol=tolerance)
+
+
+@torch.no_grad()
+def test_every_plane_takes_over_its_own_maps_whatever_they_turn():
+    angle = torch.linspace(0, 5 * torch.pi, FRAMES)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(-1, 2, 2)
+    maps = torch.zeros(3, FRAMES, 2, 3)
+    maps[..., :2] = torch.stack([torch.eye(2).expand_as(turn), turn, 2 * turn])
+    maps[1:, ..., 0, 1] += 0.3
+    maps[..., 2] = torch.randn(3, FRAMES, 2, generator=torch.Generator().manual_seed(0))
+    planes = PlaneMotion(FRAMES, 3)
+    planes.start_from(maps)
+    assert planes.values[..., 0].diff(dim=0).abs().max() < torch.pi
+    times, x = torch.arange(FRAMES).float(), points((FRAMES, 10), torch.float32)
+    for p in range(3):
+        x[..., 2] = (2 * p + 1) / 3 - 1
+        expected = x[..., :2] @ maps[p, :, :, :2].mT + maps[p, :, None, :, 2]
+        moved = PlaneMotion.stabilize(x, planes.at(times))[..., :2]
+        assert torch.allclose(moved, expected, atol=1e-5)
+
+
+def test_plane_motion_has_gradients_in_every_parameter_and_in_depth():
+    planes, x = PlaneMotion(FRAMES, 4), points((FRAMES, 200), torch.float32).requires_grad_()
+    values = planes.at(torch.arange(FRAMES).float())
+    moved = PlaneMotion.stabilize(x, values + torch.randn_like(values))
+    moved[..., :2].square().sum().backward()
+    assert (planes.values.grad.abs() > 0).all() and x.grad[..., 2].abs().max() > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omni.config import ModelConfig, RenderConfig, load_config
-from omni.field.model.field import Field, Rays, SurfaceMap
+from omni.field.model.field import Field, LayerMap, Rays, SurfaceMap
 
 FRAMES = 5
 SMALL = ModelConfig(
@@ -21,6 +21,8 @@ def random_field(model=SMALL, dtype=torch.float64, **render):
     with torch.no_grad():
         if field.motion is not None:
             field.motion.matrices.add_(0.1 * torch.randn_like(field.motion.matrices))
+        if field.planes is not None:
+            field.planes.values.add_(0.3 * torch.randn_like(field.planes.values))
         if field.surface is not None:
             field.surface.depth.add_(0.3 * torch.randn_like(field.surface.depth))
     return field.to(dtype)
@@ -34,8 +36,10 @@ def local_points(groups, count):
 
 @torch.no_grad()
 @pytest.mark.parametrize("motion", ["affine", "none"])
-def test_source_to_target_to_source_closes_at_any_real_time(motion):
-    field, x = random_field(replace(SMALL, motion=motion)), local_points(3, 40)
+@pytest.mark.parametrize("planes", [0, 3])
+def test_source_to_target_to_source_closes_at_any_real_time(motion, planes):
+    field = random_field(replace(SMALL, motion=motion, planes=planes))
+    x = local_points(3, 40)
     source = torch.tensor([0.0, 1.5, 4.0], dtype=torch.float64)
     target = torch.tensor([3.0, 2.25, 0.0], dtype=torch.float64)
     there = field.from_canonical(target, field.to_canonical(source, x))
@@ -178,3 +182,14 @@ def test_the_paper_preset_s_field_is_invertible_from_its_random_start():
     times = torch.tensor([0.0, 13.0], dtype=torch.float64)
     canonical = field.to_canonical(times, x)
     assert torch.allclose(field.from_canonical(times, canonical), x, atol=1e-10)
+
+
+def test_a_layer_map_gives_the_nearest_cell_of_the_nearest_frame():
+    layers = LayerMap(3, 4)
+    with torch.no_grad():
+        layers.depth.copy_(torch.arange(48.0).view(3, 4, 4))
+    xy = torch.tensor([[[-0.99, -0.99], [-0.26, 0.01], [5.0, float("nan")]]]).expand(2, -1, -1)
+    depth = layers.at(torch.tensor([0.4, 7.0]), xy)
+    assert depth.tolist() == [[0, 9, 11], [32, 41, 43]]
+    depth.sum().backward()
+    assert (layers.depth.grad > 0).sum() == 6
