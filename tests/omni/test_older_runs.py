@@ -37,11 +37,19 @@ def run(older, tmp_path):
     return shutil.copytree(older / "run_folder", tmp_path / "run")
 
 
-def assert_same(tracks, path, pixels=SAME):
-    expected, share = Tracks.load(path), pixels
-    np.testing.assert_allclose(tracks.tracks, expected.tracks, atol=pixels)
-    np.testing.assert_allclose(tracks.sigma, expected.sigma, rtol=2 * share, atol=share)
-    np.testing.assert_allclose(tracks.visibility, expected.visibility, atol=share)
+def assert_same(tracks, path):
+    expected = Tracks.load(path)
+    np.testing.assert_allclose(tracks.tracks, expected.tracks, atol=SAME)
+    np.testing.assert_allclose(tracks.sigma, expected.sigma, rtol=0.05, atol=0.01)
+    np.testing.assert_allclose(tracks.visibility, expected.visibility, atol=0.02)
+
+
+def assert_similar(tracks, path):
+    expected = Tracks.load(path)
+    np.testing.assert_allclose(tracks.tracks, expected.tracks, atol=SIMILAR)
+    assert (tracks.visible == expected.visible).mean() > 0.98
+    ratio = np.log(tracks.sigma / expected.sigma)
+    assert np.quantile(np.abs(ratio), 0.9) < 0.2
 
 
 def test_its_flows_are_read_and_followed(older, run):
@@ -58,7 +66,7 @@ def test_its_fit_continues_where_it_stopped_and_ends_where_the_older_version_end
     assert "anew" not in caplog.text
     state = load_checkpoint(run / "checkpoint.pt")
     assert state["step"] == 60 and [entry["step"] for entry in state["history"]] == [20, 40, 60]
-    assert_same(omni.load(run, "cpu").tracks(queries(older)), older / "tracks.npz", SIMILAR)
+    assert_similar(omni.load(run, "cpu").tracks(queries(older)), older / "tracks.npz")
 
 
 def test_its_settings_are_read(run):
