@@ -38,6 +38,7 @@ SETTINGS = {
     "full": [],
     "no photometric": ["loss.photometric.weight=0", "loss.constancy.weight=0"],
     "no mining": ["sampling.mining=0"],
+    "no layers": ["model.planes=0", "loss.surface.weight=1"],
     "no global motion": ["model.motion=none"],
     "no chains": ["sampling.tracks=0"],
     "free-form": [],

@@ -39,7 +39,7 @@ def record_of(tmp_path, monkeypatch):
 def test_every_variant_is_fitted_and_scored(record_of, capsys):
     record = record_of("ablation.py", 6, (48, 64), 24, "--data", CLIP, *TINY)
     rows = {row["method"]: row for row in record["results"]}
-    assert len(rows) == 9 and all(0 < row["delta_avg"] <= 1 for row in rows.values())
+    assert len(rows) == 10 and all(0 < row["delta_avg"] <= 1 for row in rows.values())
     assert "| mean | free-form |" in capsys.readouterr().out
     full = rows["full"]
     assert 0 < full["field delta_avg"] <= 1 and full["field delta_avg"] != full["delta_avg"]
