@@ -165,7 +165,7 @@ def _errors(
     """Errors `(N, P)`, at most CAP, of displacing points `(N, 2)` by each layer's `(P, 2, 3)`."""
     design = np.column_stack([before, np.ones(len(before))]).astype(np.float32)
     scaled = (step * pixels[:, None]).reshape(-1, 3).astype(np.float32)
-    missed = (design @ scaled.T).reshape(len(design), -1, 2)
+    missed = (design @ scaled.T).reshape(len(design), len(step), 2)
     missed -= ((after - before) * pixels).astype(np.float32)[:, None]
     distance = np.sqrt(missed[..., 0] ** 2 + missed[..., 1] ** 2)
     return np.fmin(distance, np.float32(CAP))  # CAP where the displacement is unknown

@@ -88,7 +88,7 @@ def test_manifest_checkpoint_and_report_cut_short_are_made_again(reference, tmp_
     for name in ("manifest.json", "checkpoint.pt"):
         assert f"{name} is damaged" in result.stderr
     assert same_tracks(run, uninterrupted)
-    assert len(json.loads((run / "report.json").read_text())["stages"]) == 5
+    assert len(json.loads((run / "report.json").read_text())["stages"]) == 6
 
 
 @pytest.mark.slow

@@ -243,6 +243,7 @@ import resource, sys, logging, torch, numpy as np
 from dataclasses import replace
 from pathlib import Path
 from omni.config import Config, load_config
+from omni.maths import grid_queries
 from omni.run import make_trainer
 from omni.store import Store
 from omni.tracking import Reader

@@ -64,3 +64,10 @@ def test_too_few_tracks_leave_everything_in_the_farthest_layer_at_rest(store):
     maps, shown = find_layers(store, STILL, few, len(few.xy), CELLS)
     assert (shown == len(few.xy) - 1).all()
     np.testing.assert_array_equal(maps, np.broadcast_to(np.eye(3)[:2], maps.shape))
+
+
+def test_frames_that_share_no_track_leave_layers_where_they_are(store):
+    none = tracks()
+    none.seen[:, 3:5] = 0
+    maps, shown = find_layers(store, STILL, none, LAYERS, CELLS)
+    assert np.isfinite(maps).all() and shown.max() < LAYERS
