@@ -7,7 +7,13 @@ pixels of the processing resolution.
 import cv2
 import numpy as np
 
-__all__ = ["color_contrast", "color_differences", "patch_correlation", "similarity"]
+__all__ = [
+    "color_contrast",
+    "color_differences",
+    "patch_correlation",
+    "sample_colors",
+    "similarity",
+]
 
 RADIUS, STEP = 6, 1.5
 """Patches of 13 x 13 samples, 1.5 pixels apart at a short side of 256."""
@@ -92,7 +98,7 @@ def color_differences(
     num_candidates, count, num_frames = xy.shape[:3]
     offsets = _offsets(frames, NEAR_RADIUS, 1.0)
     middle, points = len(offsets) // 2, np.arange(count)
-    patches = np.stack([_colors(frames[t], xy[0, :, t], offsets) for t in range(num_frames)])
+    patches = np.stack([sample_colors(frames[t], xy[0, :, t], offsets) for t in range(num_frames)])
     template = patches[query_frames, points]
     center = np.broadcast_to(template[:, [middle]], template.shape)
     weight = np.exp(-_color_distance(template, center) / COLOR_SCALE)
@@ -105,7 +111,7 @@ def color_differences(
         recent = patches[nearest, points]
         for first in range(0, num_candidates, together):
             some = xy[first : first + together, :, t]
-            colors = _colors(frames[t], some.reshape(-1, 2), offsets)
+            colors = sample_colors(frames[t], some.reshape(-1, 2), offsets)
             shape = (*some.shape[:2], len(offsets))
             from_query, from_recent = (
                 np.minimum(_color_distance(colors, tiled), LARGEST_DIFFERENCE).reshape(shape)
@@ -149,7 +155,7 @@ def color_contrast(
     for t in np.unique(query_frames):
         rows = np.flatnonzero(query_frames == t)
         image = np.ascontiguousarray(frames[t])
-        colors = _colors(image, samples[rows].reshape(-1, 2), np.zeros((1, 2), np.float32))
+        colors = sample_colors(image, samples[rows].reshape(-1, 2), np.zeros((1, 2), np.float32))
         colors = colors.reshape(len(rows), _LINE_SAMPLES, -1, 3).astype(np.float32)
         distance = np.abs(colors - colors[:, :1, :1]).mean(-1)
         result[0, :, rows], result[1, :, rows] = distance.max(1), distance[:, -1]
@@ -166,7 +172,7 @@ def _patches(
     image: np.ndarray, xy: np.ndarray, offsets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit-norm zero-mean grey patches `(n, P)` and mean colours `(n, 3)` around points."""
-    colors = _colors(image, xy, offsets)
+    colors = sample_colors(image, xy, offsets)
     gray = colors @ _GRAY
     gray -= gray.mean(-1, keepdims=True)
     # Two grey levels of texture are noise: they must not be amplified to full contrast.
@@ -174,7 +180,7 @@ def _patches(
     return gray / norm, colors.mean(1)
 
 
-def _colors(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def sample_colors(image: np.ndarray, xy: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Bilinear colours `(n, P, 3)` uint8 of the patches around points."""
     image = np.ascontiguousarray(image)
     x, y = (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni.maths import REFERENCE_SIDE
-from omni.tracking.appearance import color_contrast
+from omni.tracking.appearance import color_contrast, sample_colors
 from omni.tracking.confidence import frames_away
 from omni.tracking.dense.candidates import OWN, PixelCandidates
 from omni.tracking.integration import LOOSE, STRICT, UNVERIFIED, Chains
@@ -37,6 +37,8 @@ _GAPS = (1, 4)
 
 _PATCH = 5
 """Side in pixels of the patch whose mean colour is compared."""
+
+_CENTER = np.zeros((1, 2), np.float32)
 
 
 def pixel_features(
@@ -190,14 +192,7 @@ def _blurred(image: np.ndarray, side: int) -> np.ndarray:
 
 def _colors(image: np.ndarray, xy: np.ndarray) -> np.ndarray:
     """Bilinear colours `(n, 3)` float32 at points `(n, 2)`, border pixels repeated."""
-    colors = np.empty((len(xy), 3), np.float32)
-    # OpenCV refuses maps of more than 2^15 rows.
-    for start in range(0, len(xy), 1 << 14):
-        part = np.asarray(xy[start : start + (1 << 14)] - 0.5, np.float32)
-        x, y = np.ascontiguousarray(part[:, :1]), np.ascontiguousarray(part[:, 1:])
-        found = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        colors[start : start + len(part)] = found[:, 0]
-    return colors
+    return sample_colors(image, xy, _CENTER)[:, 0].astype(np.float32)
 
 
 def _chain_features(
