@@ -5,11 +5,10 @@ them by the measured sigma, so that weights mean the same at every resolution. L
 N points per pair, S samples per ray.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-
-from omni.config import LossConfig
-from omni.field.schedules import ramp
 
 __all__ = [
     "acceleration",
@@ -126,9 +125,9 @@ def surface_order(
     return on + _mean(pseudo_huber(DEPTH_SCALE * behind), hidden)
 
 
-def total(terms: dict[str, Tensor], config: LossConfig, fraction: float) -> Tensor:
-    """Sum of `terms` under their weights at this fraction of the run."""
-    weighted = sum(ramp(getattr(config, name), fraction) * term for name, term in terms.items())
+def total(terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """Sum of `terms` under their weights by name."""
+    weighted = sum(weights[name] * term for name, term in terms.items())
     assert isinstance(weighted, Tensor), "there is always a flow term"
     return weighted
 

@@ -24,7 +24,7 @@ MOST_TRACKS = 4000
 STRIDE = 4
 """Frames, besides 1, over which motions are compared: long enough to tell slow ones apart."""
 
-ROUNDS = 20
+ROUNDS = 12
 """Alternations of fitting every layer's motion and assigning every track to a layer."""
 
 FEWEST = 6
@@ -149,26 +149,34 @@ def _steps(tracks: _Tracks, label: np.ndarray, layers: int, gap: int) -> list[np
         square = (design[:, :, None] * design[:, None]).reshape(-1, 9)
         target = (design[:, :, None] * (after - before)[:, None]).reshape(-1, 6)
         share = member[index]
-        for _ in range(2):
-            left = (share.T @ square).reshape(-1, 3, 3) + RIDGE
-            step = np.linalg.solve(left, (share.T @ target).reshape(-1, 3, 2)).swapaxes(1, 2)
-            error = _errors(step, before, after, tracks.pixels)
-            share = member[index] / (1 + (error / NOISE) ** 2)
-        step[member[index].sum(0) < FEWEST] = np.nan
+        step = _displacements(share, square, target)
+        error = _errors(step, before, after, tracks.pixels)
+        step = _displacements(share / (1 + (error / NOISE) ** 2), square, target)
+        step[share.sum(0) < FEWEST] = np.nan
         result.append(step)
     return result
+
+
+def _displacements(share: np.ndarray, square: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least squares `(P, 2, 3)` under weights `(N, P)` of equations `(N, 9)` and `(N, 6)`."""
+    left = (share.T @ square).reshape(-1, 3, 3) + RIDGE
+    return np.linalg.solve(left, (share.T @ target).reshape(-1, 3, 2)).swapaxes(1, 2)
 
 
 def _errors(
     step: np.ndarray, before: np.ndarray, after: np.ndarray, pixels: np.ndarray
 ) -> np.ndarray:
     """Errors `(N, P)`, at most CAP, of displacing points `(N, 2)` by each layer's `(P, 2, 3)`."""
-    design = np.column_stack([before, np.ones(len(before))]).astype(np.float32)
-    scaled = (step * pixels[:, None]).reshape(-1, 3).astype(np.float32)
-    missed = (design @ scaled.T).reshape(len(design), len(step), 2)
-    missed -= ((after - before) * pixels).astype(np.float32)[:, None]
-    distance = np.sqrt(missed[..., 0] ** 2 + missed[..., 1] ** 2)
-    return np.fmin(distance, np.float32(CAP))  # CAP where the displacement is unknown
+    displacement = (after - before) * pixels
+    design = np.column_stack([before, np.ones(len(before)), displacement]).astype(np.float32)
+    scaled = (step * pixels[:, None]).astype(np.float32)
+    x = design[:, :3] @ scaled[:, 0].T - design[:, 3:4]
+    y = design[:, :3] @ scaled[:, 1].T - design[:, 4:]
+    # In place: these arrays are large, and time goes into moving them.
+    np.square(x, out=x)
+    np.square(y, out=y)
+    np.add(x, y, out=x)
+    return np.fmin(np.sqrt(x, out=x), np.float32(CAP), out=x)  # CAP where it is unknown
 
 
 def _composed(steps: list[np.ndarray]) -> np.ndarray:
@@ -235,11 +243,13 @@ def _shown(
         if source != t or abs(source - target) not in (1, STRIDE):
             continue
         evidence = unpack_evidence(store.evidence[k][row, column])
-        good = np.flatnonzero(evidence.valid & (evidence.error <= threshold))
-        flow = decode_flow(store.flow[k][row[good], column[good]]) * (2 / corner)
+        good = evidence.valid & (evidence.error <= threshold)
+        flow = decode_flow(store.flow[k][row, column]) * (2 / corner)
         step = np.linalg.inv(maps[:, target]) @ maps[:, t] - np.eye(3)
-        cost[good] += _errors(step[:, :2], point[good], point[good] + flow, pixels)
-        count[good] += 1
+        errors = _errors(step[:, :2], point, point + flow, pixels)
+        errors *= good[:, None]
+        cost += errors
+        count += good[:, None]
     place = np.clip((xy + 1) * cells / 2, 0, cells - 1).astype(int)
     total = np.empty((layers, cells, cells), np.float32)
     for p, errors in enumerate((cost / count).T):

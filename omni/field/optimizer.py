@@ -36,4 +36,5 @@ def make_optimizer(field: Field, optim: OptimConfig) -> torch.optim.Optimizer:
         ],
         betas=optim.betas,
         fused=True,
+        capturable=code[0].is_cuda,
     )

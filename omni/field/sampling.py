@@ -1,10 +1,12 @@
 """Batches of correspondences: which frame pairs, which points, and with what evidence.
 
 The stored flows live where the model lives (memory-mapped on a CPU, resident on a GPU); one batch
-is a few gathers, with no work per pixel in Python. Letters: K pairs, N points per pair.
+is a few gathers, with no work per pixel in Python. Everything is drawn on that device too, and
+nothing there waits for it. Letters: K pairs, N points per pair.
 """
 
 import logging
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +32,10 @@ WORST = 20.0
 
 CANDIDATES = 3
 """Pixels drawn per kept point, so that most of those kept are reliable."""
+
+GENERATOR_BYTES = 16, torch.Generator().get_state().numel()
+"""Sizes of a generator's state on a GPU and on a CPU: a fit that goes on where it did not begin
+draws other batches."""
 
 PATCH_RADIUS = 1
 """Patches that are compared between frames have 3 x 3 samples, a pixel apart."""
@@ -60,7 +66,7 @@ class Batch:
 
 @dataclass
 class LongTracks:
-    """Tracks as correspondences between any two frames; CPU, raster pixels, processing size.
+    """Tracks as correspondences between any two frames; raster pixels, processing size.
 
     Attributes:
         xy: (M, T, 2). sigma: (M, T). seen: (M, T) float 0/1, visible and reliable.
@@ -75,6 +81,10 @@ class LongTracks:
         parts = zip(vars(self).values(), vars(other).values(), strict=True)
         return LongTracks(*(torch.cat(pair) for pair in parts))
 
+    def to(self, device: torch.device) -> "LongTracks":
+        """The same tracks on a device."""
+        return LongTracks(*(value.to(device) for value in vars(self).values()))
+
 
 class CorrespondenceSampler:
     """Draws training batches and holds a fixed share of correspondences back.
@@ -84,7 +94,7 @@ class CorrespondenceSampler:
         config: how to draw.
         threshold: forward-backward error (pixels) up to which a correspondence is reliable.
         device: where batches live.
-        generator: CPU generator of every draw.
+        generator: of every draw, on the device.
         tracks: integrated chains or imported tracks, if any.
     """
 
@@ -97,20 +107,24 @@ class CorrespondenceSampler:
         generator: torch.Generator,
         tracks: LongTracks | None = None,
     ):
-        self.tracks = tracks
+        self.tracks = None if tracks is None else tracks.to(device)
         self.config, self.threshold, self.generator = config, threshold, generator
         self.device = device
         self.height, self.width = store.size
         self.halvings = 0
         arrays = store.flow, store.evidence, store.frames
         self.flow, self.evidence, self.frames = (_resident(array, device) for array in arrays)
-        self.pairs = torch.from_numpy(store.pairs)
+        self.pairs = torch.from_numpy(store.pairs).to(device)
         self.gaps = (self.pairs[:, 1] - self.pairs[:, 0]).abs()
+        self.smallest_gap = int(self.gaps.min())
+        gaps, self.gap_index = self.gaps.unique(return_inverse=True)
+        self.num_gaps, self.pairs_per_gap = len(gaps), torch.bincount(self.gap_index).double()
         lines = [store.meta("evidence")["sigma"][str(gap)][:2] for gap in self.gaps.tolist()]
         self.sigma_lines = torch.tensor(lines, dtype=torch.float32, device=device).view(-1, 2)
-        self.reliable_share = _reliable_share(store, threshold)
+        self.reliable_share = _reliable_share(store, threshold).to(device)
         tiles = (store.num_frames, -(-self.height // TILE), -(-self.width // TILE))
-        self.residual = torch.ones(tiles)
+        self.residual = torch.ones(tiles, device=device)
+        self.last = torch.tensor([self.width - 1.0, self.height - 1.0], device=device)
 
     @property
     def batch_pairs(self) -> int:
@@ -135,7 +149,6 @@ class CorrespondenceSampler:
             self._pair_weights(gap_limit), pairs, replacement=True, generator=self.generator
         )
         x, y = self._points(self.pairs[k, 0], CANDIDATES * config.points)
-        k, x, y = k.to(self.device), x.to(self.device), y.to(self.device)
         visible, hidden = self._weights(k, x, y, held_out=False)
         best = (visible + hidden > 0).float().argsort(dim=1, descending=True, stable=True)
         keep = best[:, : config.points]
@@ -147,32 +160,26 @@ class CorrespondenceSampler:
         tracks, points = self.tracks, self.config.points
         assert tracks is not None
         frames = tracks.seen.shape[1]
-        ends = torch.randint(frames, (2, pairs), generator=self.generator)
+        ends = torch.randint(frames, (2, pairs), generator=self.generator, device=self.device)
         # Never the same frame twice.
         ends[1] = (ends[0] + 1 + ends[1] % (frames - 1)) % frames
         both = tracks.seen[:, ends[0]] * tracks.seen[:, ends[1]]
         chance = both.T + 1e-9
         index = torch.multinomial(chance, points, replacement=True, generator=self.generator)
-        source, target = ends.to(self.device)
+        source, target = ends
         xy, target_xy = (tracks.xy[index, end[:, None]] for end in ends)
         sigma = torch.hypot(*(tracks.sigma[index, end[:, None]] for end in ends))
         pixel = xy.long()
         x, y = pixel[..., 0].clamp(0, self.width - 1), pixel[..., 1].clamp(0, self.height - 1)
         color = self._gather(self.frames, source[:, None], y, x).float() / 255
         visible = both.T.gather(1, index)
-        xy, target_xy, sigma, visible = (
-            value.to(self.device) for value in (xy, target_xy, sigma, visible)
-        )
-        return Batch(
-            source, target, xy, target_xy, sigma, visible, torch.zeros_like(visible), color
-        )
+        hidden = torch.zeros_like(visible)
+        return Batch(source, target, xy, target_xy, sigma, visible, hidden, color)
 
     def held_out(self, count: int, seed: int = 0) -> Batch:
         """About `count` held-out correspondences, visible and hidden; the same for a given seed."""
         generator = torch.Generator().manual_seed(seed)
-        gaps, inverse = self.gaps.unique(return_inverse=True)
-        per_gap = torch.bincount(inverse, minlength=len(gaps)).double()
-        weights = (self.reliable_share > 0) / per_gap[inverse]
+        weights = ((self.reliable_share > 0) / self.pairs_per_gap[self.gap_index]).cpu()
         points = 64
         rows = max(1, count // points)
         if weights.sum() == 0:
@@ -199,7 +206,7 @@ class CorrespondenceSampler:
         """
         ticks = torch.arange(-PATCH_RADIUS, PATCH_RADIUS + 1.0, device=xy.device)
         offsets = torch.cartesian_prod(ticks, ticks)
-        last = torch.tensor([self.width - 1, self.height - 1], dtype=xy.dtype, device=xy.device)
+        last = self.last.to(xy.dtype)
         position = (xy[:, :, None] + offsets - 0.5).clamp(min=torch.zeros_like(last), max=last)
         # Where a mapping has diverged the position is NaN; its index must be valid all the same.
         corner = position.detach().nan_to_num().floor()
@@ -218,17 +225,17 @@ class CorrespondenceSampler:
 
     def report(self, batch: Batch, residual: Tensor) -> None:
         """Note the residuals `(K, N)` (in sigma) of a drawn batch for hard mining."""
-        column, row = (batch.xy / TILE).long().cpu().unbind(-1)
+        column, row = (batch.xy / TILE).long().unbind(-1)
         row = row.clamp(0, self.residual.shape[1] - 1)
         column = column.clamp(0, self.residual.shape[2] - 1)
-        frame = batch.source.cpu()[:, None].expand_as(row)
+        frame = batch.source[:, None].expand_as(row)
         index = (frame * self.residual.shape[1] + row) * self.residual.shape[2] + column
-        weight = batch.visible.cpu().flatten()
-        value = residual.detach().cpu().clamp(max=WORST).flatten()
+        weight = batch.visible.flatten()
+        # Not a number where the update was left out: such a point could not be drawn again.
+        value = residual.detach().nan_to_num(nan=WORST).clamp(max=WORST).flatten()
         flat, index = self.residual.view(-1), index.flatten()
-        size = len(flat)
-        count = torch.zeros(size).index_add_(0, index, weight)
-        mean = torch.zeros(size).index_add_(0, index, weight * value) / count.clamp(min=1)
+        count = torch.zeros_like(flat).index_add_(0, index, weight)
+        mean = torch.zeros_like(flat).index_add_(0, index, weight * value) / count.clamp(min=1)
         flat.copy_(torch.where(count > 0, 0.9 * flat + 0.1 * mean, flat))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -248,45 +255,50 @@ class CorrespondenceSampler:
         inside = (residual >= 0) & (residual <= WORST)
         if not (inside.all() and (residual.flatten(1).sum(1) > 0).all()):
             raise ValueError("residuals out of range")
-        self.residual = residual.clone(memory_format=torch.contiguous_format)
-        self.generator.set_state(state["generator"])
+        self.residual = residual.to(self.device).clone(memory_format=torch.contiguous_format)
+        generator = state["generator"]
+        if generator.shape != self.generator.get_state().shape:
+            if generator.dtype != torch.uint8 or generator.numel() not in GENERATOR_BYTES:
+                raise ValueError("no state of a generator")
+            self.generator.manual_seed(zlib.crc32(bytes(generator.tolist())))
+        else:
+            self.generator.set_state(generator)
 
     def _pair_weights(self, gap_limit: int) -> Tensor:
         """(K_all,) probability weights of every stored pair."""
         config = self.config
-        allowed = self.gaps <= max(gap_limit, int(self.gaps.min()))
-        weights = allowed * (self.reliable_share > 0).double()
-        if weights.sum() == 0:
-            weights = allowed.double()
+        allowed = (self.gaps <= max(gap_limit, self.smallest_gap)).double()
+        weights = allowed * (self.reliable_share > 0)
+        weights = torch.where(weights.sum() == 0, allowed, weights)
         if config.balance_gaps:
-            gaps, inverse = self.gaps.unique(return_inverse=True)
-            per_gap = torch.zeros(len(gaps), dtype=torch.double).index_add_(0, inverse, weights)
-            weights = weights / per_gap[inverse].clamp(min=1)
+            per_gap = allowed.new_zeros(self.num_gaps).index_add_(0, self.gap_index, weights)
+            weights = weights / per_gap[self.gap_index].clamp(min=1)
         else:
             weights = weights * self.reliable_share
         mined = self.residual.mean((1, 2))[self.pairs[:, 0]].double()
         mined = weights * mined / mined.mean()
         weights = _normalized(weights) * (1 - config.mining) + _normalized(mined) * config.mining
         adjacent = (self.gaps == 1).double()
-        share = config.adjacent_share if adjacent.any() else 0.0
+        share = config.adjacent_share if self.smallest_gap == 1 else 0.0
         return (1 - share) * weights + share * _normalized(adjacent)
 
     def _points(self, frames: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Integer pixel columns and rows `(K, count)`, a share of them where residuals are high."""
         shape = (len(frames), count)
-        x = torch.randint(self.width, shape, generator=self.generator)
-        y = torch.randint(self.height, shape, generator=self.generator)
+        generator, device = self.generator, self.device
+        x = torch.randint(self.width, shape, generator=generator, device=device)
+        y = torch.randint(self.height, shape, generator=generator, device=device)
         mined = round(count * self.config.mining)
         if mined:
             tiles = self.residual[frames].flatten(1)
-            tile = torch.multinomial(tiles, mined, replacement=True, generator=self.generator)
+            tile = torch.multinomial(tiles, mined, replacement=True, generator=generator)
             columns = self.residual.shape[2]
             x0, y0 = tile % columns * TILE, tile // columns * TILE
-            spot = torch.rand((2, len(frames), mined), generator=self.generator)
+            spot = torch.rand((2, len(frames), mined), generator=generator, device=device)
             # Tiles at the right and lower border may be narrower.
             x[:, :mined] = x0 + (spot[0] * (self.width - x0).clamp(max=TILE)).long()
             y[:, :mined] = y0 + (spot[1] * (self.height - y0).clamp(max=TILE)).long()
-            order = torch.randperm(count, generator=self.generator)
+            order = torch.randperm(count, generator=generator, device=device)
             x, y = x[:, order], y[:, order]
         return x, y
 
@@ -303,7 +315,7 @@ class CorrespondenceSampler:
         return array[tuple(part.to(array.device) for part in index)].to(self.device)
 
     def _batch(self, k: Tensor, x: Tensor, y: Tensor, visible: Tensor, hidden: Tensor) -> Batch:
-        source, target = self.pairs.to(self.device)[k].unbind(-1)
+        source, target = self.pairs[k].unbind(-1)
         flow = self._gather(self.flow, k[:, None], y, x).float() / FLOW_SCALE
         error = unpack_evidence(self._gather(self.evidence, k[:, None], y, x)).error
         xy = torch.stack([x, y], dim=-1).float() + 0.5

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from omni.config import Config
 from omni.errors import DamagedError
-from omni.field import losses
 from omni.field.checkpoint import is_count, load_checkpoint, restore_optimizer, save_checkpoint
 from omni.field.held_out import LARGEST_IN_FRONT, MEASURES, evaluate_held_out, has_failed
 from omni.field.initialisation import global_motion, surface_depth
@@ -25,6 +24,7 @@ from omni.field.objective import Objective
 from omni.field.optimizer import make_optimizer
 from omni.field.sampling import Batch, CorrespondenceSampler, LongTracks
 from omni.field.schedules import gap_limit, learning_rate
+from omni.field.update import CapturedUpdate, Update, term_weights
 from omni.store import Store
 from omni.system import Interrupted, digest, out_of_memory, require_lock, stop_signals, to_dict
 
@@ -91,7 +91,7 @@ class Trainer:
         self.on_scalars: Callable[[int, dict[str, float]], None] = lambda step, values: None
         self.on_images: Callable[[Trainer], None] = lambda trainer: None
         self.key = fit_key(store, config, imported)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
         self.field = self._new_field(config.seed)
         self.sampler = CorrespondenceSampler(
             store,
@@ -105,6 +105,7 @@ class Trainer:
         self.step, self.rate, self.rollbacks, self.restarts = 0, 1.0, 0, 0
         self.history: list[dict[str, float]] = []
         self.objective = Objective(config, self.sampler, store.size, store.num_frames)
+        self._update, self._left_out = self._new_update(), torch.zeros((), device=device)
         self.held_out = self.sampler.held_out(HELD_OUT, seed=config.seed)
         self._stop_signal: int | None = None
 
@@ -184,9 +185,8 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor] | None:
         """One update; the loss terms by name, or None where it had to be rolled back."""
         fraction = self.step / self.config.optim.steps
-        self.optimizer.zero_grad(set_to_none=True)
         try:
-            done = self._backward(fraction)
+            done = self._apply_batch(fraction)
         except Exception as error:
             if not out_of_memory(error) or self.sampler.batch_pairs == 1:
                 raise
@@ -194,32 +194,42 @@ class Trainer:
         if done is None:  # outside the handler: the error would hold on to the memory
             self._halve()
             return None
-        batch, residual, terms = done
-        if not self._finite(terms["total"]):
+        batch, residual, terms, finite = done
+        self._left_out += ~finite
+        if self._waits_for_the_device() and self._left_out > 0:
             self._roll_back()
             return None
-        factor = self.rate * learning_rate(self.config.optim, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * factor
-        self.optimizer.step()
         self.sampler.report(batch, residual)
         return terms
 
-    def _backward(self, fraction: float) -> tuple[Batch, Tensor, dict[str, Tensor]]:
-        """Gradients of one batch; the batch, its residuals in sigma `(K, N)` and loss terms.
+    def _apply_batch(self, fraction: float) -> tuple[Batch, Tensor, dict[str, Tensor], Tensor]:
+        """Update by one batch; the batch, its residuals `(K, N)`, loss terms, and whether it was.
 
         On its own, so that nothing of a batch too large for the memory outlives the failure.
         """
-        sampling = self.config.sampling
+        config, sampling = self.config, self.config.sampling
         longest = gap_limit(sampling.gap_start, sampling.gap_end, fraction)
         batch = self.sampler.draw(longest)
-        jitter = torch.rand(
-            *batch.visible.shape, self.config.render.samples, generator=self.generator
-        ).sub(0.5)
-        terms, residual = self.objective.terms(self.field, batch, jitter.to(self.device), longest)
-        loss = losses.total(terms, self.config.loss, fraction)
-        loss.backward()
-        return batch, residual, terms | {"total": loss.detach()}
+        shape = *batch.visible.shape, config.render.samples
+        jitter = torch.rand(shape, generator=self.generator, device=self.device).sub(0.5)
+        weights = term_weights(config.loss, fraction)
+        rate = self.rate * learning_rate(config.optim, self.step)
+        terms, residual, finite = self._update(batch, jitter, longest, weights, rate)
+        return batch, residual, terms, finite
+
+    def _waits_for_the_device(self) -> bool:
+        """Whether the host looks at results after this step: always where that costs nothing."""
+        optim, step = self.config.optim, self.step + 1
+        cadences = optim.log_every, optim.evaluate_every, optim.steps
+        return self.device.type == "cpu" or any(step % cadence == 0 for cadence in cadences)
+
+    def _new_update(self) -> Update | CapturedUpdate:
+        """How batches are applied to the present field."""
+        clip = self.config.optim.clip or float("inf")
+        update = Update(self.field, self.optimizer, self.objective, clip)
+        # The original's flow loss depends on the longest gap, which changes from step to step.
+        captured = self.device.type == "cuda" and self.config.loss.robust
+        return CapturedUpdate(update) if captured else update
 
     def evaluate(self) -> dict[str, float]:
         """See `evaluate_held_out`."""
@@ -249,6 +259,7 @@ class Trainer:
                 if self.field.planes is not None:  # every layer keeps its motion
                     self.field.planes.values.copy_(self.field.planes.values.flip(1))
         self.optimizer = make_optimizer(self.field, self.config.optim)
+        self._update = self._new_update()
         self.sampler.residual.fill_(1)
 
     def _all_finite(self, result: dict[str, float]) -> bool:
@@ -330,20 +341,12 @@ class Trainer:
             raise ValueError("the history is none")
         self.field.load_state_dict(state["field"])
         restore_optimizer(self.optimizer, state["optimizer"])
+        self._update = self._new_update()
+        self._left_out.zero_()
         self.sampler.load_state_dict(state["sampler"])
         self.step, self.history = state["step"], history
         self.rate, self.rollbacks, self.restarts = rate, state["rollbacks"], state["restarts"]
         self.sampler.halvings = max(self.sampler.halvings, state["halvings"])
-
-    def _finite(self, loss: Tensor) -> bool:
-        """Whether the loss and every gradient are finite; clips the gradient of the couplings."""
-        mapping = list(self.field.bijection.parameters())
-        known = {id(p) for p in mapping}
-        others = [p for p in self.field.parameters() if id(p) not in known]
-        clip_grad_norm = torch.nn.utils.clip_grad_norm_
-        norm = clip_grad_norm(mapping, self.config.optim.clip or float("inf"))
-        rest = clip_grad_norm(others, float("inf"))
-        return bool(torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(rest))
 
     def _roll_back(self) -> None:
         """Return to the last good state with half the learning rate."""

@@ -14,6 +14,7 @@ from omni.maths.coords import (
     rescale,
     sample_image,
 )
+from omni.maths.kernels import gaussian
 from omni.maths.quantisation import (
     FLOW_SCALE,
     Evidence,
@@ -34,6 +35,7 @@ __all__ = [
     "decode_flow",
     "denormalize",
     "encode_flow",
+    "gaussian",
     "grid_queries",
     "inside",
     "normalize",

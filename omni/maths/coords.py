@@ -12,6 +12,7 @@ Sizes are always `(height, width)`. Queries are `(t, y, x)` as in TAP-Vid; time 
 Functions of an `Array` accept numpy and torch arrays and return the same kind.
 """
 
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -58,17 +59,17 @@ def rescale(xy: Array, source: tuple[int, int], target: tuple[int, int]) -> Arra
     Returns:
         `(..., 2)` raster pixels of the target size.
     """
-    return xy * _like(xy, [target[1] / source[1], target[0] / source[0]])
+    return xy * _like(xy, (target[1] / source[1], target[0] / source[0]))
 
 
 def normalize(xy: Array, size: tuple[int, int]) -> Array:
     """Raster pixels `(..., 2)` of a frame of `size` (H, W) to `[-1, 1]` per axis."""
-    return xy * _like(xy, [2 / size[1], 2 / size[0]]) - 1
+    return xy * _like(xy, (2 / size[1], 2 / size[0])) - 1
 
 
 def denormalize(xy: Array, size: tuple[int, int]) -> Array:
     """Inverse of `normalize`: `[-1, 1]` per axis to raster pixels."""
-    return (xy + 1) * _like(xy, [size[1] / 2, size[0] / 2])
+    return (xy + 1) * _like(xy, (size[1] / 2, size[0] / 2))
 
 
 def inside(xy: Array, size: tuple[int, int]) -> Array:
@@ -111,7 +112,14 @@ def sample_image(image: Tensor, xy: Tensor) -> Tensor:
     return sampled[0, :, 0].T
 
 
-def _like(array: Array, values: list[float]) -> Array:
+def _like(array: Array, values: tuple[float, float]) -> Array:
     if isinstance(array, Tensor):
-        return torch.tensor(values, dtype=array.dtype, device=array.device)
+        return _constant(values, array.dtype, array.device)
     return np.asarray(values, dtype=np.asarray(array).dtype)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept, since to copy it to a device would be to wait for the device."""
+    with torch.inference_mode(False):  # such a tensor could not be used in training any more
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -43,10 +43,10 @@ GATHERED, SCORED = 2**22, 2**19
 """Most positions of candidates that a thread gathers at once, 60 bytes each with the chains behind
 them, and scores at once, 500 bytes each."""
 
-POINTS = 768
+POINTS = 1024
 """Most points of which a thread gathers candidates at once: some seconds of work, which bounds the
-delay of an interruption. Few more would not be faster, many fewer slower: every frame costs some
-time, however few the points are."""
+delay of an interruption. Fewer are slower: each operation on a frame costs some time, however few
+the points are, and threads wait for one another at every one."""
 
 THREAD_BYTES = 60 * GATHERED + 500 * SCORED
 """Most memory that a thread needs."""

@@ -103,7 +103,6 @@ class GridEncoding(nn.Module):
     scales: Tensor
     resolutions: Tensor
     sizes: Tensor
-    hashed: Tensor
     offsets: Tensor
 
     def __init__(self, levels: int, base: int, growth: float, log2_size: int, features: int = 2):
@@ -120,31 +119,38 @@ class GridEncoding(nn.Module):
         constant("scales", scales, torch.float32)
         constant("resolutions", resolutions, torch.int32)
         constant("sizes", sizes, torch.int32)
-        constant("hashed", [r**3 > s for r, s in zip(resolutions, sizes, strict=True)], torch.bool)
         constant("offsets", [sum(sizes[:level]) for level in range(levels)], torch.int32)
+        self.dense = sum(r**3 <= s for r, s in zip(resolutions, sizes, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features `(N, levels * features)` of points `(N, 3)` in `[0, 1]`."""
         position = x[:, None] * self.scales[:, None] + 0.5
         cell = position.detach().floor()
-        ends = torch.stack([cell + 1 - position, position - cell], dim=-1)
-        weights = _corners(torch.mul, *ends.unbind(-2))
-        index = self._index(cell.int())
+        # In 64 bits only here: the gradient of rows selected by 32-bit indices takes four times
+        # as long.
+        index = self._index(cell.int()).long()
         table = self.params.view(-1, self.features)
-        rows = table.index_select(0, index.flatten()).view(*index.shape, self.features)
-        return (rows * weights[..., None]).sum(2).flatten(1)
+        rows = table.index_select(0, index.flatten())
+        rows = rows.view(*index.shape[:2], 2, 2, 2, self.features)
+        share = (position - cell)[..., None]
+        for axis in (2, 1, 0):
+            blend = share[:, :, axis].view(*index.shape[:2], *[1] * (rows.dim() - 3))
+            rows = torch.lerp(rows[:, :, 0], rows[:, :, 1], blend)
+        return rows.flatten(1)
 
     def _index(self, cell: Tensor) -> Tensor:
-        """Table rows `(N, L, 8)` of the corners of cells `(N, L, 3)`."""
-        x, y, z = torch.stack([cell, cell + 1], dim=-1).unbind(-2)
-        side, size = self.resolutions[:, None], self.sizes[:, None]
+        """Table rows `(N, L, 8)` of the corners of cells `(N, L, 3)`; x varies fastest."""
+        ends, split = torch.stack([cell, cell + 1], dim=-1), self.dense
+        x, y, z = ends[:, :split].unbind(-2)
+        side, size = self.resolutions[:split, None], self.sizes[:split, None]
+        # Remainders without divisions: no corner of a cell lies more than once the rows of its
+        # level too far, and a hashed level has 2^k rows.
         dense = _corners(torch.add, x, side * y, side * side * z)
-        # Remainders without divisions: a hashed level has 2^k rows, and no corner of a cell of a
-        # dense one lies more than once its rows too far.
         dense = torch.where(dense < size, dense, dense - size)
+        x, y, z = ends[:, split:].unbind(-2)
         hashed = _corners(torch.bitwise_xor, x, y * self.PRIMES[1], z * self.PRIMES[2])
-        rows = torch.where(self.hashed[:, None], hashed & (size - 1), dense)
-        return rows + self.offsets[:, None]
+        hashed = hashed & (self.sizes[split:, None] - 1)
+        return torch.cat([dense, hashed], dim=1) + self.offsets[:, None]
 
 
 def _corners(

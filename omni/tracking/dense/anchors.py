@@ -19,7 +19,7 @@ __all__ = ["Anchors", "anchor_grid", "anchor_stage", "answer_anchors"]
 PITCH, SMALLEST_PITCH = 4.0, 2.0
 """Pixels between anchors at a short side of 256, and in the smallest frames."""
 
-AT_ONCE = 2000
+AT_ONCE = 4096
 """Anchors that are answered, and marked as finished, together."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.maths import REFERENCE_SIDE
+from omni.maths import REFERENCE_SIDE, gaussian
 from omni.tracking.appearance import color_contrast, sample_colors
 from omni.tracking.confidence import frames_away
 from omni.tracking.dense.candidates import OWN, PixelCandidates
@@ -156,7 +156,7 @@ def _agreement_features(
     for k in range(len(x)):
         squared = (x - x[k]) ** 2 + (y - y[k]) ** 2
         for share, width in zip(shares, _KERNELS, strict=True):
-            near = np.exp(squared * np.float32(-0.5 / width**2))
+            near = gaussian(torch.from_numpy(squared), width).numpy()
             others = np.einsum("kb,kb->b", near, weight) - weight[k]
             share[k] = others / (total - weight[k] + np.float32(0.1))
     yield from shares

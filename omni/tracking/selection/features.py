@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.maths import REFERENCE_SIDE
+from omni.maths import REFERENCE_SIDE, gaussian
 from omni.tracking.appearance import color_contrast, color_differences
 from omni.tracking.confidence import frames_away
 from omni.tracking.integration import LOOSE, STRICT, UNVERIFIED
@@ -218,7 +218,7 @@ def _agreement(shared: _Shared) -> tuple[Tensor, Tensor, Tensor]:
         squared = (x - x[k]).square() + (y - y[k]).square()
         distance = squared.sqrt()
         others = total_support - support[k] + 0.1
-        kernels = [torch.exp(squared * (-0.5 / width**2)) for width in _KERNELS]
+        kernels = [gaussian(squared, width) for width in _KERNELS]
         near.append(
             torch.stack([((one * support).sum(0) - support[k]) / others for one in kernels])
         )

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from omni.maths import gaussian
 from omni.tracking.confidence import Confidence, median_filtered
 from omni.tracking.selection.candidates import FUSED, Candidates
 
@@ -155,7 +156,7 @@ def pool_neighbours(code: Tensor, valid: Tensor, xy: Tensor) -> Tensor:
     squared = squared.masked_fill(~valid[:, None], torch.inf)
     means = []
     for radius in POOL_RADII:
-        weight = torch.exp(squared * (-0.5 / radius**2))
+        weight = gaussian(squared, radius)
         means.append(weight @ code / (weight.sum(-1, keepdim=True) + 1e-3))
     return torch.cat(means, dim=-1)
 

@@ -122,7 +122,7 @@ def slow_surface(depth, t, x, y):
 
 @torch.no_grad()
 def test_surface_map_is_bilinear_in_space_and_linear_in_time():
-    surface = SurfaceMap(FRAMES, 8).double()
+    surface = SurfaceMap(FRAMES, 8).double().eval()
     surface.depth.copy_(torch.rand(FRAMES, 8, 8))
     for t in (0.0, 1.0, 2.25, 3.9, 4.0):
         for x, y in ((0.0, 0.0), (-0.37, 0.81), (0.99, -1.0), (3.0, -4.0)):
@@ -133,7 +133,7 @@ def test_surface_map_is_bilinear_in_space_and_linear_in_time():
 
 
 def test_surface_map_has_a_gradient_to_depth_and_position():
-    surface = SurfaceMap(FRAMES, 8)
+    surface = SurfaceMap(FRAMES, 8).eval()
     torch.nn.init.normal_(surface.depth)
     xy = torch.tensor([[[0.1, 0.2]]], requires_grad=True)
     surface.at(torch.tensor([1.5]), xy).sum().backward()
