@@ -270,7 +270,7 @@ def stages(options: argparse.Namespace, end: float) -> Result:
 def steps(options: argparse.Namespace) -> Result:
     """Steps per second of the fit, by a CUDA graph and without, and its peak memory."""
     from omni.config import load_config
-    from omni.field.update import CapturedUpdate
+    from omni.field import CapturedUpdate
     from omni.run import make_trainer
     from omni.store import Store
 

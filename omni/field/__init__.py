@@ -17,8 +17,10 @@ from omni.field.initialisation import global_motion
 from omni.field.model import Field, Rays, RealNVP
 from omni.field.sampling import LongTracks
 from omni.field.trainer import Trainer, fit_key
+from omni.field.update import CapturedUpdate
 
 __all__ = [
+    "CapturedUpdate",
     "Field",
     "LongTracks",
     "Rays",
