@@ -279,11 +279,11 @@ def steps(options: argparse.Namespace) -> Result:
     torch.set_num_threads(max(1, config.threads))
     store, device = Store.open(options.folder / "run"), torch.device(options.device)
     trainer = make_trainer(store, config, options.folder / "none.pt", device)
-    if not isinstance(trainer._update, CapturedUpdate):
+    if not isinstance(trainer.update, CapturedUpdate):
         return {"eager": count_steps(trainer, options.sizes.seconds)}
     result = {"captured": count_steps(trainer, options.sizes.seconds)}
-    result["captured"]["refused"] = trainer._update._refused
-    trainer._update = trainer._update.update
+    result["captured"]["refused"] = trainer.update.refused
+    trainer.update = trainer.update.update
     return {**result, "eager": count_steps(trainer, options.sizes.seconds)}
 
 

@@ -105,7 +105,7 @@ class Trainer:
         self.step, self.rate, self.rollbacks, self.restarts = 0, 1.0, 0, 0
         self.history: list[dict[str, float]] = []
         self.objective = Objective(config, self.sampler, store.size, store.num_frames)
-        self._update, self._left_out = self._new_update(), torch.zeros((), device=device)
+        self.update, self._left_out = self._new_update(), torch.zeros((), device=device)
         self.held_out = self.sampler.held_out(HELD_OUT, seed=config.seed)
         self._stop_signal: int | None = None
 
@@ -214,7 +214,7 @@ class Trainer:
         jitter = torch.rand(shape, generator=self.generator, device=self.device).sub(0.5)
         weights = term_weights(config.loss, fraction)
         rate = self.rate * learning_rate(config.optim, self.step)
-        terms, residual, finite = self._update(batch, jitter, longest, weights, rate)
+        terms, residual, finite = self.update(batch, jitter, longest, weights, rate)
         return batch, residual, terms, finite
 
     def _waits_for_the_device(self) -> bool:
@@ -259,7 +259,7 @@ class Trainer:
                 if self.field.planes is not None:  # every layer keeps its motion
                     self.field.planes.values.copy_(self.field.planes.values.flip(1))
         self.optimizer = make_optimizer(self.field, self.config.optim)
-        self._update = self._new_update()
+        self.update = self._new_update()
         self.sampler.residual.fill_(1)
 
     def _all_finite(self, result: dict[str, float]) -> bool:
@@ -341,7 +341,7 @@ class Trainer:
             raise ValueError("the history is none")
         self.field.load_state_dict(state["field"])
         restore_optimizer(self.optimizer, state["optimizer"])
-        self._update = self._new_update()
+        self.update = self._new_update()
         self._left_out.zero_()
         self.sampler.load_state_dict(state["sampler"])
         self.step, self.history = state["step"], history

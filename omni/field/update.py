@@ -115,18 +115,18 @@ class CapturedUpdate:
     def __init__(self, update: Update):
         self.update = update
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._refused = False
+        self.refused = False
 
     def __call__(
         self, batch: Batch, jitter: Tensor, longest: int, weights: Mapping[str, float], rate: float
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """As an `Update`; what it returns is overwritten by the next call."""
         arguments = batch, jitter, longest, weights, rate
-        if self._refused:
+        if self.refused:
             return self.update(*arguments)
         if self._graph is None or self._shape != batch.visible.shape:
-            self._refused = not self._agrees(*arguments)
-            if self._refused:
+            self.refused = not self._agrees(*arguments)
+            if self.refused:
                 self._graph = None
                 return self.update(*arguments)
         return self._replay(*arguments)

@@ -40,7 +40,7 @@ class Graph:
 def pair(small_store, tiny_config, tmp_path, monkeypatch):
     """Two equal trainers, and the update of the second one captured by the stand-in."""
     runs = [trainer(small_store, tiny_config, tmp_path / f"{i}.pt", steps=10) for i in range(2)]
-    captured = CapturedUpdate(runs[1]._update)
+    captured = CapturedUpdate(runs[1].update)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
         "Stream": lambda: stream,
@@ -63,13 +63,13 @@ def assert_same_fields(first, second, **tolerance):
 def test_captured_updates_are_those_of_the_operations(pair):
     first, second, captured = pair
     for step in range(6):
-        expected, found = first._update(*arguments(first, step)), captured(*arguments(second, step))
+        expected, found = first.update(*arguments(first, step)), captured(*arguments(second, step))
         assert expected[0].keys() == found[0].keys()
         for name, value in expected[0].items():
             torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
         assert bool(expected[2]) and bool(found[2])
-    assert captured._graph is not None and not captured._refused
+    assert captured._graph is not None and not captured.refused
     assert_same_fields(first, second, rtol=1e-4, atol=1e-5)
 
 
@@ -112,9 +112,9 @@ def test_without_a_graph_that_agrees_the_operations_are_used(pair, monkeypatch, 
         monkeypatch.setattr(Graph, "replay", lambda graph: None)
     with caplog.at_level(logging.INFO, "omni"):
         for step in range(3):
-            first._update(*arguments(first, step))
+            first.update(*arguments(first, step))
             captured(*arguments(second, step))
-    assert captured._refused and caplog.text.count("CUDA graph") == 1
+    assert captured.refused and caplog.text.count("CUDA graph") == 1
     assert_same_fields(first, second, rtol=1e-4, atol=1e-5)
 
 
@@ -125,10 +125,10 @@ def test_a_fit_by_a_graph_is_that_by_operations(small_store, tiny_config, tmp_pa
     for captured in (True, False):
         config = replace(tiny_config, optim=replace(tiny_config.optim, steps=60, evaluate_every=60))
         run = make_trainer(small_store, config, tmp_path / f"{captured}.pt", device)
-        assert isinstance(run._update, CapturedUpdate)
-        run._update._refused = not captured
+        assert isinstance(run.update, CapturedUpdate)
+        run.update.refused = not captured
         run.run()
-        assert run._update._refused is not captured
+        assert run.update.refused is not captured
         errors.append(run.history[-1]["mean"])
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
