@@ -51,7 +51,7 @@ class FlowConfig:
     provider: Literal["auto", "raft", "dis"] = "auto"
     """raft: needs weights; dis: OpenCV, no weights; auto: raft on a GPU where weights can be had"""
     weights: str = ""
-    """RAFT state dict (.pth or .safetensors); empty: torchvision's, else those of this build"""
+    """RAFT state dict (.pth or .safetensors); empty: torchvision's"""
     raft: Literal["large", "small"] = "large"
     """RAFT architecture of `weights` or of torchvision's"""
     pairs: Literal["log", "exhaustive"] = "log"

@@ -4,8 +4,6 @@
     RUN/store/frames.npy       (T, h, w, 3) uint8, processing resolution
     RUN/store/masks.npy        (T, h, w) uint8 object labels, 0 background (only with masks)
     RUN/store/flow.npy         (K, h, w, 2) int16, pixels x FLOW_SCALE, source to target
-    RUN/store/doubt.npy        (K, h, w) uint8, only from flow providers that predict their own
-                               uncertainty and occlusion, packed as error and occluded of evidence
     RUN/store/evidence.npy     (K, h, w) uint8, see `pack_evidence`
     RUN/store/landmarks.npy    (P, M, 4) float32, feature matches between key frames
 
@@ -40,19 +38,11 @@ from omni.system import (
     write_atomic,
 )
 
-__all__ = [
-    "FORMAT_VERSION",
-    "UNCERTAINTY_ARRAY",
-    "UNKNOWN",
-    "Store",
-]
+__all__ = ["FORMAT_VERSION", "UNKNOWN", "Store"]
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-
-UNCERTAINTY_ARRAY = "doubt"
-"""Name on disk, in every format so far, of the uncertainty that a flow provider predicts."""
 
 UNKNOWN = 255
 """Mask label of pixels that the user left open."""
@@ -154,7 +144,6 @@ class Store:
                 "frames": ((*shape[:3], 3), np.dtype(np.uint8)),
                 "flow": ((len(pairs), *shape[1:3], 2), np.dtype(np.int16)),
                 "evidence": ((len(pairs), *shape[1:3]), np.dtype(np.uint8)),
-                UNCERTAINTY_ARRAY: ((len(pairs), *shape[1:3]), np.dtype(np.uint8)),
                 "masks": (shape[:3], np.dtype(np.uint8)),
             }
             numbers = [meta["threshold"]]
@@ -171,8 +160,7 @@ class Store:
                 all(f"{name}.npy" in stages[name]["files"] for name in stages)
                 and all(
                     (self._array(name).shape, self._array(name).dtype) == expected[name]
-                    for stage in stages.values()
-                    for name in (Path(file).stem for file in stage["files"])
+                    for name in stages  # further files, which older versions wrote, are not read
                 )
                 and len(self.frames) == video["num_frames"] >= 2
                 and all(type(side) is int and 0 < side < 1 << 16 for side in video["size"])
@@ -277,15 +265,6 @@ class Store:
     def flow(self) -> np.ndarray:
         """(K, h, w, 2) int16, see `decode_flow`."""
         return self._array("flow")
-
-    @property
-    def uncertainty(self) -> np.ndarray | None:
-        """(K, h, w) uint8 uncertainty and occlusion that the flow provider predicts, or None.
-
-        Packed as error and occluded of evidence, see `unpack_evidence`.
-        """
-        predicted = f"{UNCERTAINTY_ARRAY}.npy" in self.manifest["stages"]["flow"]["files"]
-        return self._array(UNCERTAINTY_ARRAY) if predicted else None
 
     @property
     def evidence(self) -> np.ndarray:

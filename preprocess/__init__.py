@@ -1,11 +1,10 @@
 """Preprocessing: from a video to the store of frames, masks, flow, evidence and landmarks.
 
 `prepare` (in `preprocess.pipeline`) is all that the rest of `omni` uses; the fit reads the store
-that it leaves, never its objects. It is imported on first use, so that the flow network can be
-trained and evaluated on a machine without the libraries that read and write videos.
+that it leaves, never its objects. It is imported on first use, so that flow can be computed on a
+machine without the libraries that read and write videos.
 
 May import `omni.errors`, `omni.config`, `omni.maths`, `omni.system`, `omni.video` and `omni.store`.
-`preprocess.training`, which trains the flow network, may import more of `omni`; see there.
 """
 
 from typing import TYPE_CHECKING

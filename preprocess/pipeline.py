@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from omni.config import Config
 from omni.errors import OmniError
-from omni.maths import decode_flow, pack_evidence, processing_size, unpack_evidence
-from omni.store import UNCERTAINTY_ARRAY, UNKNOWN, Store
+from omni.maths import decode_flow, pack_evidence, processing_size
+from omni.store import UNKNOWN, Store
 from omni.system import Stage, available_memory, digest
 from omni.video import VideoSource, load_masks, open_video
 from preprocess.estimate import Arrays, estimate_cost, fitting_workers, require_space
@@ -40,8 +40,6 @@ from preprocess.parallel import progress_bar, run_items, worker_count
 __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
-
-_WRITTEN_BY = {UNCERTAINTY_ARRAY: "flow"}  # arrays that a stage of another name writes
 
 Labels = dict[int, np.ndarray]
 """Object mask `(H, W)` uint8 by frame."""
@@ -138,7 +136,7 @@ class _Job:
         return names | {"landmarks": landmarks}
 
     def _arrays(self, cuts: Sequence[int] = ()) -> Arrays:
-        """Shape and dtype of every array that the store will hold, by its name."""
+        """Shape and dtype of every array that the store will hold, by the name of its stage."""
         num_pairs = len(self._pairs(cuts))
         num_keys = len(key_pairs(self.source.num_frames, cuts))
         shape = (self.source.num_frames, *self.size)
@@ -148,8 +146,6 @@ class _Job:
             "evidence": ((num_pairs, *self.size), np.uint8),
             "landmarks": ((num_keys, MATCHES, 4), np.float32),
         }
-        if self.provider and self.provider.predicts_uncertainty:
-            arrays[UNCERTAINTY_ARRAY] = arrays["evidence"]
         return arrays | ({"masks": (shape, np.uint8)} if self.labels else {})
 
     def _pairs(self, cuts: Sequence[int] = ()) -> np.ndarray:
@@ -170,7 +166,7 @@ class _Job:
         """Log what the work will cost; refuse if the disk cannot hold it. Cuts only lower it."""
         arrays = self._arrays()
         done = {n: self.store.has(n, key) for n, key in self.keys.items()}
-        missing = {n: a for n, a in arrays.items() if not done[_WRITTEN_BY.get(n, n)]}
+        missing = {n: a for n, a in arrays.items() if not done[n]}
         require_space(self.store.folder, missing)
         if self.provider:
             self._limit_workers(self.provider)
@@ -203,8 +199,7 @@ class _Job:
         key = self.keys[name]
         if self.store.has(name, key):
             return
-        arrays = self._arrays(cuts)
-        arrays = {n: a for n, a in arrays.items() if _WRITTEN_BY.get(n, n) == name}
+        arrays = {name: self._arrays(cuts)[name]}
         with self.store.stage(name, key, arrays, items) as stage:
             with progress_bar(name, items, int(stage.done.sum()), self.progress) as bar:
                 fill(stage, bar)
@@ -266,7 +261,7 @@ class _Job:
 
     def write_evidence(self) -> None:
         """Check every flow against its reverse; note sigma and statistics of every gap."""
-        pairs, flow, uncertainty = self.store.pairs, self.store.flow, self.store.uncertainty
+        pairs, flow = self.store.pairs, self.store.flow
         masks = self.store.masks if self.labels else None
         threshold = self.config.flow.cycle_threshold
         index = {(int(i), int(j)): k for k, (i, j) in enumerate(pairs)}
@@ -279,8 +274,7 @@ class _Job:
                     i, j = map(int, pairs[k])
                     both = decode_flow(flow[k]), decode_flow(flow[index[j, i]])
                     labels = None if masks is None else (masks[i], masks[j])
-                    predicted = None if uncertainty is None else unpack_evidence(uncertainty[k])
-                    evidence[k] = pack_evidence(assess(*both, threshold, labels, predicted))
+                    evidence[k] = pack_evidence(assess(*both, threshold, labels))
 
             workers = worker_count(self.config.flow.workers)
             run_items(stage, [range(len(pairs))], work, workers, bar)

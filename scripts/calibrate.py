@@ -17,17 +17,15 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-import torch
 from scipy.optimize import minimize
 
 from omni import run as runs
 from omni.config import Config, load_config
 from omni.maths import inside
 from omni.store import Store
-from omni.synthetic import SCENES, SyntheticClip, make_clip
+from omni.synthetic import SCENES, SyntheticClip, filmed_frames, make_clip
 from omni.tracking import CUES, Links, Reader
 from preprocess.evidence import cycle_residuals, reload_sigma
-from preprocess.training import expose
 
 RANDOM = ["mixed", "walk", "desk"]
 """scenes that differ from seed to seed, for `scripts/train_selection.py`"""
@@ -97,13 +95,6 @@ def prepare(
         tracks, visible = clip.track(queries)
         np.savez(truth, queries=queries, tracks=tracks, visible=visible)
     runs.preprocess_video(images, folder / "run", config)
-
-
-def filmed_frames(video: np.ndarray, seed: int) -> np.ndarray:
-    """Frames (T, h, w, 3) uint8 with the effects of a camera and a codec."""
-    images = torch.from_numpy(np.array(video)).permute(0, 3, 1, 2).float() / 255
-    filmed = expose(list(images[:, None]), torch.Generator().manual_seed(seed))
-    return torch.cat(filmed).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def write_sigma(folders: list[Path], clips: list[tuple[str, int]], made_by: str) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-from calibrate import filmed_frames
 from safetensors.torch import save
 from tqdm import tqdm
 from train_selection import Clip, train
@@ -21,7 +20,7 @@ from train_selection import Clip, train
 from omni import run as runs
 from omni.config import Config, load_config
 from omni.maths import pixel_centers
-from omni.synthetic import make_clip
+from omni.synthetic import filmed_frames, make_clip
 from omni.system import write_atomic
 
 SIZE, FRAMES = (192, 256), 24

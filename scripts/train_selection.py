@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from calibrate import LARGEST_ERROR, NAMED, QUANTILES, WITHIN, filmed_frames, prepare
+from calibrate import LARGEST_ERROR, NAMED, QUANTILES, WITHIN, prepare
 from safetensors.torch import save
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from omni import run as runs
 from omni.config import Config, load_config
 from omni.evaluation import DISTANCES
+from omni.synthetic import filmed_frames
 from omni.system import write_atomic
 from omni.tracking import FUSED, SelectionNetwork
 

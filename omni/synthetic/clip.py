@@ -10,7 +10,7 @@ decided by a ray through exactly that point. Nothing is rasterised but the pictu
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 
@@ -168,7 +168,11 @@ class SyntheticClip:
 
 
 def make_clip(
-    name: str, frames: int = 32, size: tuple[int, int] = (192, 256), seed: int = 0
+    name: str,
+    frames: int = 32,
+    size: tuple[int, int] = (192, 256),
+    seed: int = 0,
+    shutter: float | None = None,
 ) -> SyntheticClip:
     """Render a scene of `SCENES`; the same arguments give the same bytes.
 
@@ -177,6 +181,7 @@ def make_clip(
         frames: number of frames, at least 2.
         size: (H, W).
         seed: of textures and motion.
+        shutter: fraction of a frame that the shutter is open, None for the scene's own.
 
     Raises:
         OmniError: no scene of that name, or fewer than 2 frames.
@@ -186,6 +191,8 @@ def make_clip(
     if frames < 2:
         raise OmniError(f"a clip needs at least 2 frames, not {frames}")
     scene = SCENES[name](size, np.random.default_rng(seed))
+    if shutter is not None:
+        scene = replace(scene, shutter=shutter)
     video = np.stack([_render(scene, t) for t in range(frames)])
     return SyntheticClip(name, seed, scene, video)
 

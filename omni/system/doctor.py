@@ -166,15 +166,12 @@ def _weights() -> Finding:
     import torch
 
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    package = importlib.util.find_spec("preprocess")
-    assert package is not None and package.origin is not None  # it is a part of this build
     found = sorted(path.name for path in folder.glob("raft_*.pth"))
-    found += sorted(path.name for path in Path(package.origin).parent.rglob("raft_*.safetensors"))
     if found:
         return Finding("ok", f"RAFT weights: {', '.join(found)}")
     return Finding(
         "note",
-        f"no RAFT weights in {folder} nor in this build",
+        f"no RAFT weights in {folder}",
         "DIS is used without a GPU; with one they are downloaded, or name a file: flow.weights",
     )
 

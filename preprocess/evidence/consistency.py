@@ -25,7 +25,6 @@ def assess(
     backward: np.ndarray,
     threshold: float,
     labels: tuple[np.ndarray, np.ndarray] | None = None,
-    uncertainty: Evidence[np.ndarray] | None = None,
 ) -> Evidence[np.ndarray]:
     """Results of the consistency checks for each pixel `(h, w)` of `forward`.
 
@@ -34,22 +33,12 @@ def assess(
         backward: `(h, w, 2)` flow j -> i.
         threshold: forward-backward error in pixels up to which a correspondence is reliable.
         labels: masks `(h, w)` uint8 of frames i and j, None without masks.
-        uncertainty: what the provider predicts for `forward`: sigma as `error`, hidden in j as
-            `occluded`. Sigma counts as a forward-backward error, which is about as large
-            (`preprocess/evidence/sigma.json`); the larger of the two is used. A point predicted
-            to be hidden is never reliable.
 
     Source: OmniMotion (Wang et al., ICCV 2023), supplement: cycle and double-cycle tests.
     """
     error, second = cycle_errors(forward, backward)
     valid = inside(pixel_centers(forward.shape[:2]) + forward, forward.shape[:2])
     occluded = (error > _OCCLUDED_FACTOR * threshold) & (second < threshold) & valid
-    if uncertainty is not None:
-        error = np.maximum(error, uncertainty.error)
-        error = np.where(
-            uncertainty.occluded, np.maximum(error, _OCCLUDED_FACTOR * threshold), error
-        )
-        occluded = occluded | (uncertainty.occluded & valid)
     if labels is not None:
         valid = valid & labels_agree(forward, *labels)
     return Evidence(error, occluded, valid)

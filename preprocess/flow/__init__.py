@@ -8,7 +8,7 @@ methods, and `registry` selects one of them. May import `omni.errors`, `omni.con
 from preprocess.flow.compute import compute_flows
 from preprocess.flow.dis import DisFlow
 from preprocess.flow.pairs import halfway, schedule
-from preprocess.flow.provider import FlowProvider, ImagePair, Motion
+from preprocess.flow.provider import FlowProvider, ImagePair
 from preprocess.flow.registry import accepts, resolve_provider
 from preprocess.flow.warp import compose, sample
 
@@ -16,7 +16,6 @@ __all__ = [
     "DisFlow",
     "FlowProvider",
     "ImagePair",
-    "Motion",
     "accepts",
     "compose",
     "compute_flows",

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from omni.maths import Evidence, decode_flow, encode_flow, pack_evidence
-from omni.store import UNCERTAINTY_ARRAY
+from omni.maths import decode_flow, encode_flow
 from omni.system import Stage
 from preprocess.flow.pairs import halfway
-from preprocess.flow.provider import FlowProvider, ImagePair, Motion
+from preprocess.flow.provider import FlowProvider, ImagePair
 from preprocess.flow.warp import compose
 from preprocess.parallel import run_items
 
@@ -28,8 +27,7 @@ def compute_flows(
     """Fill `stage.arrays["flow"]` `(K, h, w, 2)` for `pairs` `(K, 2)` of `frames` `(T, h, w, 3)`.
 
     Far flows start from near ones as stored, quantised, so that an interrupted run continues to
-    the same bytes as an uninterrupted one. The uncertainty that a provider predicts goes to
-    `stage.arrays[UNCERTAINTY_ARRAY]` `(K, h, w)` (see `omni.store`).
+    the same bytes as an uninterrupted one.
     """
     flow = stage.arrays["flow"]
     index = {(int(i), int(j)): k for k, (i, j) in enumerate(pairs)}
@@ -44,17 +42,8 @@ def compute_flows(
         return np.asarray(frames[source]), np.asarray(frames[target]), flow_init
 
     def work(group: Sequence[int]) -> None:
-        motions = provider.estimate_batch(list(map(inputs, group)))
-        for k, motion in zip(group, motions, strict=True):
-            flow[k] = encode_flow(motion.flow)
-            if provider.predicts_uncertainty:
-                stage.arrays[UNCERTAINTY_ARRAY][k] = _pack_uncertainty(motion)
+        estimated = provider.estimate_batch(list(map(inputs, group)))
+        for k, values in zip(group, estimated, strict=True):
+            flow[k] = encode_flow(values)
 
     run_items(stage, levels_by_gap(pairs), work, provider.workers, bar, provider.batch)
-
-
-def _pack_uncertainty(motion: Motion) -> np.ndarray:
-    """`(h, w)` uint8: sigma as the error and predicted occlusion, packed like evidence."""
-    assert motion.occlusion is not None and motion.sigma is not None
-    everywhere = np.ones(motion.occlusion.shape, bool)
-    return pack_evidence(Evidence(motion.sigma, motion.occlusion > 0.5, everywhere))

@@ -13,7 +13,7 @@ import numpy as np
 from preprocess.flow.blockmatch import block_match
 from preprocess.flow.frame import Frame
 from preprocess.flow.photoconsistency import PhotoConsistency
-from preprocess.flow.provider import ImagePair, Motion
+from preprocess.flow.provider import ImagePair
 
 __all__ = ["DisFlow"]
 
@@ -45,7 +45,6 @@ class DisFlow:
 
     name = "dis-wide"
     batch = 1
-    predicts_uncertainty = False
 
     def __init__(self, workers: int = 1):
         self.workers = workers
@@ -81,9 +80,9 @@ class DisFlow:
         flow = _sharpen(frames, flow, consistency)
         return np.ascontiguousarray(flow[:height, :width])
 
-    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[Motion]:
-        """Motion of each `(image1, image2, flow_init)`, by `estimate`."""
-        return [Motion(self.estimate(*pair)) for pair in pairs]
+    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[np.ndarray]:
+        """Flow of each `(image1, image2, flow_init)`, by `estimate`."""
+        return [self.estimate(*pair) for pair in pairs]
 
 
 def _search(

@@ -1,32 +1,17 @@
-"""The interface of every flow method, and the result for one pair of images.
+"""The interface of every flow method.
 
 The methods themselves are `preprocess.flow.dis` and `preprocess.flow.raft.provider`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-__all__ = ["FlowProvider", "ImagePair", "Motion"]
+__all__ = ["FlowProvider", "ImagePair"]
 
 ImagePair = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Source and target image `(h, w, 3)` uint8 RGB, and the initial flow `(h, w, 2)` or None."""
-
-
-@dataclass(frozen=True)
-class Motion:
-    """Flow from one image to another and, from providers that predict it, its uncertainty.
-
-    flow: (h, w, 2) float32 pixels.
-    occlusion: (h, w) probability that the point is hidden in the second image, or None.
-    sigma: (h, w) standard deviation of the flow per axis in pixels, or None.
-    """
-
-    flow: np.ndarray
-    occlusion: np.ndarray | None = None
-    sigma: np.ndarray | None = None
 
 
 class FlowProvider(Protocol):
@@ -36,13 +21,11 @@ class FlowProvider(Protocol):
         name: identifies the method, its settings and its weights.
         workers: how many `estimate` or `estimate_batch` calls may run at the same time.
         batch: how many pairs `estimate_batch` is best given at once.
-        predicts_uncertainty: whether its motions carry `occlusion` and `sigma`.
     """
 
     name: str
     workers: int
     batch: int
-    predicts_uncertainty: bool
 
     def estimate(
         self, image1: np.ndarray, image2: np.ndarray, flow_init: np.ndarray | None = None
@@ -54,6 +37,6 @@ class FlowProvider(Protocol):
         """
         ...
 
-    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[Motion]:
-        """Motion of each `(image1, image2, flow_init)`, all of one size; flow as by `estimate`."""
+    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[np.ndarray]:
+        """Flow of each `(image1, image2, flow_init)`, all of one size, as by `estimate`."""
         ...

@@ -18,7 +18,7 @@ def resolve_provider(config: FlowConfig, device: str = "auto") -> FlowProvider:
     """The provider that `config.provider` names.
 
     `auto` takes RAFT where a CUDA device is used (on a CPU it needs seconds per pair) and its
-    weights are given, cached, downloadable or part of this build; otherwise DIS.
+    weights are given, cached or downloadable; otherwise DIS.
 
     Raises:
         OmniError: RAFT is required and its weights cannot be had.
@@ -59,10 +59,8 @@ def accepts(config: FlowConfig, name: str) -> bool:
     from preprocess.flow.raft import weights_digest
 
     gone = bool(config.weights) and not Path(config.weights).is_file()
-    raft = [f"raft-{config.raft}-{'' if gone else weights_digest(config.weights)}"]
-    if not config.weights:
-        raft.append("raft-embedded-")
-    kept = config.provider != "dis" and name.startswith(tuple(raft))
+    raft = f"raft-{config.raft}-{'' if gone else weights_digest(config.weights)}"
+    kept = config.provider != "dis" and name.startswith(raft)
     if kept and gone:
         logger.warning("flow.weights %s is gone: keeping finished %s", config.weights, name)
     return kept

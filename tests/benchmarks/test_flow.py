@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision.models.optical_flow import raft_small
 
 from omni.synthetic.clip import make_clip
-from preprocess.flow.raft.network import FlowNetwork
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "flow.py"
 
@@ -40,7 +40,7 @@ def measured(tmp_path_factory):
     pair = {"image1": noise[:128, :144], "image2": noise[2:, 3:147], "flow": flow}
     np.savez(folder / "flow" / "kitti_pair.npz", **pair, valid=valid, inside=inside)
     torch.manual_seed(0)
-    save_file(FlowNetwork("small", heads=True).weights(), folder / "mine.safetensors")
+    save_file(raft_small(weights=None).state_dict(), folder / "mine.safetensors")
     sets = (
         "--data",
         folder,
@@ -65,8 +65,7 @@ def test_every_provider_is_scored_on_every_set_by_group(measured):
     assert set(record) == {"commit", "command", "machine", "providers", "results"}
     assert list(record["results"]) == ["generated", "dev", "kitti"]
     for name, providers in record["results"].items():
-        given = [label for label in providers if label != "raft embedded"]
-        assert [label.split()[0] for label in given] == ["dis", "raft"]
+        assert [label.split()[0] for label in providers] == ["dis", "raft"]
         for scores in providers.values():
             groups = [group for group in scores if group not in ("sigma", "time")]
             lengths = [scores[g]["points"] for g in groups if g.endswith("px")]
@@ -118,8 +117,7 @@ def test_weights_of_the_same_name_get_labels_of_their_own(tmp_path, monkeypatch)
     for name in ("a/run/w", "b/run/w", "b/run/v"):
         paths.append(tmp_path / f"{name}.safetensors")
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        save_file(FlowNetwork("small", heads=False).weights(), paths[-1])
+        save_file(raft_small(weights=None).state_dict(), paths[-1])
     options = flow["parse"](["--device", "cpu", "--weights", *map(str, paths)])
     labels = [label for label in flow["find_providers"](options) if label.startswith("raft ")]
-    given = [label for label in labels if label != "raft embedded"]
-    assert given == [f"raft {paths[0]}", f"raft {paths[1]}", "raft run/v"]
+    assert labels == [f"raft {paths[0]}", f"raft {paths[1]}", "raft run/v"]

@@ -125,10 +125,7 @@ def write_run(run):
     layout = {
         "frames": ({"frames": ((4, 8, 12, 3), np.uint8)}, {"cuts": []}),
         "masks": ({"masks": ((4, 8, 12), np.uint8)}, {}),
-        "flow": (
-            {"flow": ((*each, 2), np.int16), "doubt": (each, np.uint8)},
-            {"pairs": pairs, "provider": "dis"},
-        ),
+        "flow": ({"flow": ((*each, 2), np.int16)}, {"pairs": pairs, "provider": "dis"}),
         "evidence": ({"evidence": (each, np.uint8)}, checks),
         "landmarks": ({"landmarks": ((2, 5, 4), np.float32)}, {"pairs": [[0, 2], [0, 3]]}),
     }
@@ -173,8 +170,7 @@ class ManifestReader(Reader):
                 for source in landmarks.sources(target):
                     landmarks.follow(source, target, point)
             assert store.fps > 0 and min(store.video_size) > 0
-            for array in (store.masks, store.uncertainty):
-                assert array is None or array.dtype == np.uint8
+            assert store.masks is None or store.masks.dtype == np.uint8
         finally:
             self.prepare()
 

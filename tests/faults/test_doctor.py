@@ -1,7 +1,5 @@
 """`omni doctor`: what it finds, and that it continues whatever is broken."""
 
-import importlib
-import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -36,13 +34,13 @@ def test_doctor_finds_a_second_opencv_and_a_damaged_run(small_store, tmp_path):
     assert "H.264 is written and read back" in result.stdout
 
 
-def test_doctor_knows_weights_that_are_part_of_the_build(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    package = importlib.machinery.ModuleSpec("preprocess", None, origin=str(tmp_path / "__init__"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
-    assert "no RAFT weights" in doctor._weights().what
-    (tmp_path / "raft_small.safetensors").touch()
-    assert doctor._weights().what == "RAFT weights: raft_small.safetensors"
+def test_doctor_lists_the_weights_in_the_cache_of_torch(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    assert doctor._weights().what == f"no RAFT weights in {cache}"
+    cache.mkdir(parents=True)
+    (cache / "raft_small_C_T_V2-01064c6d.pth").touch()
+    assert doctor._weights().what == "RAFT weights: raft_small_C_T_V2-01064c6d.pth"
 
 
 def test_doctor_takes_a_run_that_is_not_fitted_yet_as_no_problem(small_store):

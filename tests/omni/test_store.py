@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_what_a_crafted_manifest_notes_is_checked(small_store, tmp_path, stage, 
         Store.open(run)
     if stage != "video":
         assert Store.create(run).manifest["stages"] == {}, "preprocessing starts anew"
+
+
+def test_a_file_of_a_stage_that_only_older_versions_wrote_is_no_obstacle(small_store, tmp_path):
+    """A flow stage had one more array where the flow provider predicted its own errors."""
+    run = shutil.copytree(small_store.run, tmp_path / "run")
+    path = run / "store" / "doubt.npy"
+    np.save(path, np.zeros(small_store.evidence.shape, np.uint8))
+    store, data = Store(run), path.read_bytes()
+    files = store.manifest["stages"]["flow"]["files"]
+    files[path.name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    store.note()
+    opened = Store.open(run)
+    np.testing.assert_array_equal(opened.flow, small_store.flow)
+    np.testing.assert_array_equal(opened.evidence, small_store.evidence)
 
 
 def outside(tmp_path):

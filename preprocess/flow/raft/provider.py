@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omni.errors import OmniError
 from omni.system import out_of_memory
-from preprocess.flow.provider import ImagePair, Motion
+from preprocess.flow.provider import ImagePair
 from preprocess.flow.raft.network import SMALLEST_SIDE, FlowNetwork, read_weights
 from preprocess.flow.raft.weights import Weights
 
@@ -32,8 +32,6 @@ _CORRELATIONS = 2**28  # at once: 1.4 GB with their pyramid; 6 pairs at 480x854
 class RaftFlow:
     """Flow by recurrent all-pairs field transforms (a `FlowProvider`).
 
-    Weights with heads (see `FlowNetwork`) also predict occlusion and sigma.
-
     Args:
         weights: which ones.
         device: torch device; half precision and batches on CUDA.
@@ -47,7 +45,7 @@ class RaftFlow:
     def __init__(self, weights: Weights, device: str = "cpu"):
         self.name = weights.name
         try:
-            self._network = FlowNetwork.of(read_weights(weights.path), weights.variant)
+            self._network = FlowNetwork(read_weights(weights.path), weights.variant)
         except Exception as error:  # a torn file raises whatever its reader meets first
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise OmniError(
@@ -58,7 +56,6 @@ class RaftFlow:
         self._network.to(device).eval()
         self._device = torch.device(device)
         self._encoded: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
-        self.predicts_uncertainty = self._network.heads is not None
         self._most = _MOST_PAIRS
         self.batch = self._most if self._device.type == "cuda" else 1
 
@@ -75,26 +72,26 @@ class RaftFlow:
         Returns:
             `(h, w, 2)` float32 pixels.
         """
-        return self.estimate_batch([(image1, image2, flow_init)])[0].flow
+        return self.estimate_batch([(image1, image2, flow_init)])[0]
 
-    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[Motion]:
-        """Motion of several pairs of one size, as many at once as memory holds.
+    def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[np.ndarray]:
+        """Flow of several pairs of one size, as many at once as memory holds.
 
         Args:
             pairs: each `(image1, image2, flow_init)`, as `estimate` takes them.
 
         Returns:
-            One motion per pair; `occlusion` and `sigma` `(h, w)` only where the weights have heads.
+            Flow `(h, w, 2)` float32 pixels of each pair.
         """
-        motions: list[Motion] = []
-        while len(motions) < len(pairs):
-            chunk = pairs[len(motions) :][: self._room(pairs[0][0].shape[:2])]
+        flows: list[np.ndarray] = []
+        while len(flows) < len(pairs):
+            chunk = pairs[len(flows) :][: self._room(pairs[0][0].shape[:2])]
             found = self._attempt(chunk)
             if found is None:
                 self._free(len(chunk))
             else:
-                motions += found
-        return motions
+                flows += found
+        return flows
 
     def _room(self, size: tuple[int, int]) -> int:
         """Pairs of images of `size` that are computed at once."""
@@ -102,8 +99,8 @@ class RaftFlow:
         cells = (size[0] + bottom) * (size[1] + right) // 64
         return max(1, min(self._most, _CORRELATIONS // cells**2))
 
-    def _attempt(self, pairs: Sequence[ImagePair]) -> list[Motion] | None:
-        """Motion of the pairs; None if memory ran out and some can be freed."""
+    def _attempt(self, pairs: Sequence[ImagePair]) -> list[np.ndarray] | None:
+        """Flow of the pairs; None if memory ran out and some can be freed."""
         try:
             return self._estimate(pairs)
         except (RuntimeError, MemoryError) as error:
@@ -121,23 +118,15 @@ class RaftFlow:
             logger.warning("out of memory: continuing with RAFT batches of %d pairs", self._most)
 
     @torch.inference_mode()
-    def _estimate(self, pairs: Sequence[ImagePair]) -> list[Motion]:
+    def _estimate(self, pairs: Sequence[ImagePair]) -> list[np.ndarray]:
         height, width = pairs[0][0].shape[:2]
         features1, context = self._stack(pair[0] for pair in pairs)
         features2, _ = self._stack(pair[1] for pair in pairs)
         flow_init = torch.cat([self._coarse(pair[2], context) for pair in pairs])
         with self._half():
-            found = self._network(features1, features2, context, flow_init, _UPDATES)
-
-        def crop(output: Tensor) -> np.ndarray:
-            return output[..., :height, :width].float().cpu().numpy()
-
-        flows = np.ascontiguousarray(np.moveaxis(crop(found.flows[-1]), 1, -1))
-        if found.occlusion is None or found.log_variance is None:
-            return [Motion(flow) for flow in flows]
-        occlusion = crop(torch.sigmoid(found.occlusion))
-        sigma = crop(torch.exp(found.log_variance / 2))
-        return [Motion(*outputs) for outputs in zip(flows, occlusion, sigma, strict=True)]
+            flow = self._network(features1, features2, context, flow_init, _UPDATES)
+        flow = flow[..., :height, :width].movedim(1, -1).float()
+        return list(np.ascontiguousarray(flow.cpu().numpy()))
 
     def _stack(self, images: Iterable[np.ndarray]) -> tuple[Tensor, Tensor]:
         features, context = zip(*map(self._encode, images), strict=True)

@@ -1,4 +1,4 @@
-"""Where RAFT's weights come from: given by the user, from torchvision, or embedded in a build."""
+"""Where RAFT's weights come from: given by the user, or torchvision's."""
 
 import hashlib
 import socket
@@ -12,10 +12,8 @@ from torchvision.models import optical_flow
 
 from omni.errors import OmniError
 
-__all__ = ["EMBEDDED", "Weights", "find_weights", "weights_digest"]
+__all__ = ["Weights", "find_weights", "weights_digest"]
 
-EMBEDDED = Path(__file__).with_name("raft_small.safetensors")
-"""Our own weights, in builds that ship some (docs/model_card_raft.md)."""
 _DOWNLOAD_SECONDS = 10.0
 
 
@@ -34,7 +32,10 @@ def weights_digest(path: str) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """A weights file, the architecture it is of (`large` or `small`), and where it comes from."""
+    """A weights file and the architecture it is of.
+
+    variant: `large` or `small`. origin: `given` by the user or `torchvision`.
+    """
 
     path: Path
     variant: str
@@ -42,20 +43,19 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """Identifies the weights by their content; those embedded in a build fit either variant.
+        """Identifies the weights by their architecture and content.
 
         Raises:
             OmniError: there is no such file.
         """
-        kind = "embedded" if self.origin == "embedded" else self.variant
-        return f"raft-{kind}-{weights_digest(str(self.path))}"
+        return f"raft-{self.variant}-{weights_digest(str(self.path))}"
 
 
 def find_weights(variant: str, given: str = "") -> Weights:
-    """The weights to use: the file `given`, else torchvision's (cached, downloaded), else ours.
+    """The weights to use: the file `given`, else torchvision's, cached or downloaded.
 
     Args:
-        variant: `large` or `small`; ours are always small.
+        variant: `large` or `small`.
         given: .pth or .safetensors file, or empty.
 
     Returns:
@@ -69,12 +69,10 @@ def find_weights(variant: str, given: str = "") -> Weights:
     try:
         return Weights(_torchvision_weights(variant), variant, "torchvision")
     except (OSError, RuntimeError) as error:
-        if EMBEDDED.is_file():
-            return Weights(EMBEDDED, "small", "embedded")
         raise OmniError(
             f"RAFT weights are neither cached at {_torchvision_path(variant)} nor could be "
-            f"downloaded ({error}), and this build of omni embeds none: put the file there, name "
-            "one as flow.weights, or use flow.provider=dis"
+            f"downloaded ({error}): put the file there, name one as flow.weights, or use "
+            "flow.provider=dis"
         ) from None
 
 

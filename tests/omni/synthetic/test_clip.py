@@ -118,6 +118,15 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_another_clip():
     assert (first.video != other.video).mean() > 0.5
 
 
+def test_an_open_shutter_blurs_the_picture_and_leaves_the_motion_alone():
+    still, own, blurred = (make_clip("blocks", 2, SIZE, 3, shutter) for shutter in (0.0, None, 0.9))
+    np.testing.assert_array_equal(still.video, own.video)
+    assert own.scene.shutter == 0 and blurred.scene.shutter == 0.9
+    edges = [np.abs(np.diff(clip.video.astype(float), axis=2)).mean() for clip in (own, blurred)]
+    assert edges[1] < edges[0]
+    np.testing.assert_array_equal(own.flow_fwd, blurred.flow_fwd)
+
+
 def test_camera_projects_its_own_rays_back_and_marks_points_behind():
     camera = Camera(SIZE, Motion((0.3, 0.1, 0)), Motion((0.2, -0.4, 0.1)), focal=0.8, zoom=1.01)
     xy = np.random.default_rng(0).random((50, 2)) * SIZE[::-1]

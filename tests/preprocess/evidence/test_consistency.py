@@ -85,25 +85,6 @@ def test_statistics_per_gap_count_pixels():
     assert abs(far["median_error"] - 4) < 0.2
 
 
-def test_predicted_uncertainty_lowers_reliability_and_never_raises_it():
-    """Exact flow with predicted sigma 0.1; sigma 1.45; occlusion; occlusion, but leaving."""
-    forward = np.zeros((1, 4, 2), np.float32)
-    forward[0, 3] = (9, 0)
-    sigma = np.array([[0.1, 1.45, 0.1, 0.1]])
-    hidden = np.array([[0, 0, 1, 1]], bool)
-    found = assess(
-        forward, np.zeros_like(forward), 1.5, uncertainty=Evidence(sigma, hidden, hidden)
-    )
-    np.testing.assert_allclose(found.error[0, :3], [0.1, 1.45, 2.25], atol=1e-6)
-    assert found.occluded.tolist() == [[False, False, True, False]]
-    bad = assess(
-        forward, forward + 5, 1.5, uncertainty=Evidence(0 * sigma, ~hidden & hidden, hidden)
-    )
-    without = assess(forward, forward + 5, 1.5)
-    for name in ("error", "occluded", "valid"):
-        np.testing.assert_array_equal(getattr(bad, name), getattr(without, name))
-
-
 def test_errors_are_the_norms_of_both_cycles_to_the_bit():
     forward, backward = np.random.default_rng(0).normal(0, 3, (2, *SIZE, 2)).astype(np.float32)
     back = compose(forward, backward)

@@ -7,7 +7,6 @@ from torchvision.models.optical_flow import raft_small
 from omni.config import FlowConfig
 from omni.errors import OmniError
 from preprocess.flow.raft import weights as weights_module
-from preprocess.flow.raft.network import FlowNetwork
 from preprocess.flow.registry import accepts, resolve_provider
 
 
@@ -90,15 +89,14 @@ def test_missing_weights_file_is_named(tmp_path):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """No network, an empty torch cache (returned), and a build without embedded weights."""
+    """No network, and an empty torch cache (returned)."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(weights_module, "EMBEDDED", tmp_path / "none.safetensors")
     return tmp_path / "hub" / "checkpoints"
 
 
 def test_without_any_weights_one_sentence_says_what_to_do(offline):
-    with pytest.raises(OmniError, match="this build of omni embeds none.*flow.provider=dis"):
+    with pytest.raises(OmniError, match="neither cached.*flow.weights, or use flow.provider=dis"):
         resolve_provider(FlowConfig("raft"), "cpu")
 
 
@@ -108,62 +106,38 @@ def test_auto_falls_back_to_dis_without_any_weights(offline, caplog):
     assert "flow: DIS (RAFT weights are neither cached" in caplog.text
 
 
-def test_weights_are_the_given_else_torchvisions_else_the_embedded(
-    offline, weights, tmp_path, monkeypatch, caplog
-):
-    """Each of the three is another network, distinguished by its name."""
+def test_weights_are_the_given_else_torchvisions(offline, weights, caplog):
+    """The two are different networks, distinguished by their names."""
     caplog.set_level("INFO", "preprocess")
-    embedded = tmp_path / "embedded.safetensors"
-    save_file(FlowNetwork("small", heads=True).weights(), embedded)
-    monkeypatch.setattr(weights_module, "EMBEDDED", embedded)
+    offline.mkdir(parents=True)
+    torch.manual_seed(1)
+    cached = offline / weights_module._torchvision_path("small").name
+    torch.save(raft_small(weights=None).state_dict(), cached)
 
     def resolved(**flow):
         caplog.clear()
         return resolve_provider(FlowConfig("raft", **flow), "cpu").name, caplog.text
 
-    name, log = resolved(raft="large")  # ours are small, whichever is configured
-    assert name.startswith("raft-embedded-") and "RAFT-small, embedded weights" in log
-    assert accepts(FlowConfig("raft", raft="large"), name)
-    assert not accepts(FlowConfig("raft", weights=str(weights), raft="small"), name)
-    cached = offline / weights_module._torchvision_path("small").name
-    torch.save(raft_small(weights=None).state_dict(), cached)
-    second, log = resolved(raft="small")
-    assert second.startswith("raft-small-") and "RAFT-small, torchvision weights" in log
-    third, log = resolved(raft="small", weights=str(weights))
-    assert third.startswith("raft-small-") and third != second and "given weights" in log
+    first, log = resolved(raft="small")
+    assert first.startswith("raft-small-") and "RAFT-small, torchvision weights" in log
+    second, log = resolved(raft="small", weights=str(weights))
+    assert second.startswith("raft-small-") and second != first and "given weights" in log
+    assert accepts(FlowConfig("raft", raft="small"), first)
+    assert not accepts(FlowConfig("raft", weights=str(weights), raft="small"), first)
 
 
-@pytest.fixture(scope="module")
-def weights_with_heads(tmp_path_factory):
-    """Weights whose heads differ from pixel to pixel."""
-    torch.manual_seed(0)
-    network = FlowNetwork("small", heads=True)
-    torch.nn.init.normal_(network.heads[-1].weight, std=0.3)
-    path = tmp_path_factory.mktemp("weights") / "heads.safetensors"
-    save_file(network.weights(), path)
-    return path
-
-
-def test_a_batch_gives_what_its_pairs_give_alone(weights_with_heads):
+def test_a_batch_gives_what_its_pairs_give_alone(weights):
     draw = np.random.default_rng(2)
     frames = draw.integers(0, 256, (3, 50, 67, 3), dtype=np.uint8)
     flow_init = draw.normal(size=(50, 67, 2)).astype(np.float32)
     pairs = [(frames[0], frames[1], flow_init), (frames[1], frames[2], None)]
-    provider = small_raft(weights_with_heads)
-    assert provider.predicts_uncertainty
+    provider = small_raft(weights)
     together = provider.estimate_batch(pairs)
-    for motion, pair in zip(together, pairs, strict=True):
+    for flow, pair in zip(together, pairs, strict=True):
         (alone,) = provider.estimate_batch([pair])
-        np.testing.assert_allclose(motion.flow, alone.flow, atol=2e-3)
-        np.testing.assert_allclose(motion.occlusion, alone.occlusion, atol=2e-3)
-        np.testing.assert_allclose(motion.sigma, alone.sigma, rtol=1e-2)
-        assert motion.sigma.shape == (50, 67) and motion.occlusion.std() > 0
-    np.testing.assert_array_equal(alone.flow, provider.estimate(*pairs[1]))
-
-
-def test_plain_weights_predict_no_uncertainty(weights):
-    (motion,) = small_raft(weights).estimate_batch([(*images((128, 128)), None)])
-    assert motion.occlusion is None and motion.sigma is None
+        assert flow.shape == (50, 67, 2)
+        np.testing.assert_allclose(flow, alone, atol=2e-3)
+    np.testing.assert_array_equal(alone, provider.estimate(*pairs[1]))
 
 
 def test_auto_takes_dis_on_a_cpu(weights):
@@ -191,10 +165,10 @@ def test_finished_flow_of_a_weights_file_that_is_gone_is_kept_with_a_warning(tmp
         assert not caplog.text
 
 
-def test_memory_that_runs_out_halves_the_batch_for_good(weights_with_heads, monkeypatch, caplog):
+def test_memory_that_runs_out_halves_the_batch_for_good(weights, monkeypatch, caplog):
     frames = np.random.default_rng(3).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     pairs = [(frames[t], frames[t + 1], None) for t in range(5)]
-    provider = small_raft(weights_with_heads)
+    provider = small_raft(weights)
     expected = provider.estimate_batch(pairs)
     forward, counts = provider._network.forward, []
 
@@ -206,8 +180,8 @@ def test_memory_that_runs_out_halves_the_batch_for_good(weights_with_heads, monk
 
     monkeypatch.setattr(provider._network, "forward", small)
     for _ in range(2):
-        for motion, same in zip(provider.estimate_batch(pairs), expected, strict=True):
-            np.testing.assert_allclose(motion.flow, same.flow, atol=2e-3)
+        for flow, same in zip(provider.estimate_batch(pairs), expected, strict=True):
+            np.testing.assert_allclose(flow, same, atol=2e-3)
     assert counts == [5, 2, 2, 1, 2, 2, 1]
     assert caplog.text.count("out of memory: continuing with RAFT batches of 2 pairs") == 1
 
@@ -230,3 +204,17 @@ def test_one_pair_too_large_for_memory_fails_after_dropping_the_cached_frames(we
 @pytest.mark.parametrize(("size", "room"), [((64, 64), 8), ((480, 854), 6), ((1080, 1920), 1)])
 def test_correlation_bounds_how_many_pairs_are_computed_at_once(weights, size, room):
     assert small_raft(weights)._room(size) == room
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_half_precision_on_a_gpu_gives_nearly_the_flow_of_a_cpu(weights):
+    first, second = images((128, 160))
+    exact, half = (
+        resolve_provider(FlowConfig("raft", weights=str(weights), raft="small"), device)
+        for device in ("cpu", "cuda")
+    )
+    expected = exact.estimate(first, second)
+    found = half.estimate_batch([(first, second, None)] * 3)
+    error = np.linalg.norm(np.array(found) - expected, axis=-1).mean()
+    assert error < 0.05 * np.linalg.norm(expected, axis=-1).mean()

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from scipy.fft import dctn, idctn
 
-from preprocess.training.sensor import LUMA, compress, expose
+from omni.synthetic.camera_effects import LUMA, compress, expose, filmed_frames
 
 
 def picture(count=1, size=(24, 40)):
@@ -41,3 +41,13 @@ def test_photographs_of_a_pair_differ_mildly_and_a_seed_decides_them():
     assert (change == 0).any(), "some scenes are photographed ideally"
     assert 0.01 < change.max() < 0.3
     assert (pair[0].float() / 255 - image).abs().mean() > 0.02
+
+
+def test_a_filmed_video_is_its_frames_exposed():
+    video = (255 * picture(3)).byte().movedim(1, -1).numpy()
+    filmed = filmed_frames(video, 4)
+    assert filmed.dtype == np.uint8 and filmed.shape == video.shape
+    images = [torch.from_numpy(frame).movedim(-1, 0)[None] / 255 for frame in video]
+    expected = expose(images, torch.Generator().manual_seed(4))
+    for frame, image in zip(filmed, expected, strict=True):
+        np.testing.assert_array_equal(frame, image[0].movedim(0, -1).numpy())

@@ -6,15 +6,24 @@ image, so that the two images of a pair differ as neighbouring video frames do.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["compress", "expose"]
+__all__ = ["compress", "expose", "filmed_frames"]
 
 BLOCK = 8
 """pixels per side of a compression block"""
 LUMA = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))
+"""rows: luma and two chroma channels from red, green and blue"""
+
+
+def filmed_frames(video: np.ndarray, seed: int) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 RGB of `video`, of the same shape, with the effects of `expose`."""
+    images = torch.from_numpy(np.array(video)).permute(0, 3, 1, 2).float() / 255
+    filmed = expose(list(images[:, None]), torch.Generator().manual_seed(seed))
+    return torch.cat(filmed).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def expose(frames: list[Tensor], generator: torch.Generator) -> list[Tensor]:
