@@ -29,8 +29,16 @@ from omni.store import Store
 from omni.synthetic import filmed_frames, make_clip
 from omni.tracking import read_arrays, sample_flow
 from preprocess.evidence import NOISE, assess, calibrated
-from preprocess.flow import DisFlow, FlowProvider, compute_flows, halfway
-from preprocess.flow.raft import RaftFlow, Weights
+from preprocess.flow import (
+    DisFlow,
+    FlowProvider,
+    Weights,
+    compute_flows,
+    find_weights,
+    halfway,
+)
+from preprocess.flow.gmflow import GmFlow
+from preprocess.flow.raft import RaftFlow
 from preprocess.parallel import worker_count
 
 SETS = ("generated", "blur", "dev", "kitti")
@@ -103,6 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, default=Path("../shared/data"), help="of dev and kitti"
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--methods", nargs="+", choices=("dis", "gmflow"), default=["dis"])
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="of RAFT")
     parser.add_argument("--raft", choices=("small", "large"), default="small", help="of --weights")
     parser.add_argument("--scenes", type=int, default=12, help="scenes of a generated set")
@@ -121,13 +130,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_providers(options: argparse.Namespace) -> dict[str, FlowProvider]:
-    """DIS, and RAFT with each of the given weights."""
-    workers = worker_count(options.threads)
-    providers: dict[str, FlowProvider] = {"dis": DisFlow(workers)}
+    """Those without an option of their own, and RAFT with each of the given weights."""
+    providers: dict[str, FlowProvider] = {}
+    if "dis" in options.methods:
+        providers["dis"] = DisFlow(worker_count(options.threads))
+    if "gmflow" in options.methods:
+        providers["gmflow"] = GmFlow(find_weights("gmflow"), options.device)
     short = [f"{path.parent.name}/{path.stem}" for path in options.weights]
     for path, label in zip(options.weights, short, strict=True):
         label = f"raft {label if short.count(label) == 1 else path}"
-        providers[label] = RaftFlow(Weights(path, options.raft, "given"), options.device)
+        providers[label] = RaftFlow(Weights(path, f"raft-{options.raft}", "given"), options.device)
     return providers
 
 

@@ -218,6 +218,31 @@ def baseline(
     print(out)
 
 
+def weights(
+    action: Positional[Literal["list", "get"]] = "list",
+    network: Positional[str | None] = None,
+    /,
+) -> None:
+    """Weights of flow networks: which are known and where they are, or download some.
+
+    Args:
+        action: list, or get
+        network: what to get, e.g. omni weights get gmflow
+    """
+    from preprocess.flow import PUBLISHED, cached_weights, get_weights
+
+    if action == "get":
+        if network is None:
+            raise OmniError(f"name what to get: omni weights get {' | '.join(PUBLISHED)}")
+        print(get_weights(network).path)
+        return
+    for name, published in PUBLISHED.items():
+        found = cached_weights(name)
+        place = f"omni weights get {name}" if found is None else f"{found.path} ({found.origin})"
+        print(f"{name:<12}{place}")
+        print(f"{'':<12}{published.licence}; {published.source}; SHA-256 {published.digest}...")
+
+
 def doctor(run: Positional[Path | None] = None, /) -> None:
     """Check this machine, and a run folder: what works, and how to repair the rest.
 
@@ -243,7 +268,7 @@ COMMANDS = {
     function.__name__: function
     for function in (
         *(optimize, track, preprocess, fit, export, visualize, board, evaluate, baseline),
-        doctor,
+        *(weights, doctor),
     )
 }
 

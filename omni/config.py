@@ -48,10 +48,10 @@ class DataConfig:
 class FlowConfig:
     """Pairwise correspondences."""
 
-    provider: Literal["auto", "raft", "dis"] = "auto"
-    """raft: needs weights; dis: OpenCV, no weights; auto: raft on a GPU where weights can be had"""
+    provider: str = "auto"
+    """dis (no weights), raft, gmflow, one of an installed package; auto: raft on a GPU, else dis"""
     weights: str = ""
-    """RAFT state dict (.pth or .safetensors); empty: torchvision's"""
+    """of raft or gmflow (.pth or .safetensors); empty: see `omni weights`"""
     raft: Literal["large", "small"] = "large"
     """RAFT architecture of `weights` or of torchvision's"""
     pairs: Literal["log", "exhaustive"] = "log"

@@ -108,7 +108,7 @@ def test_a_module_of_another_package_is_imported_through_that_package(path):
         inside = f"{own}.".startswith(f"{package}.") or package in ("omni", "preprocess")
         parent = package.rpartition(".")[0]
         direct = f"{own}.".startswith(f"{parent}.") or parent in ("omni", "preprocess")
-        sub = package == "preprocess.flow.raft"
+        sub = package in ("preprocess.flow.gmflow", "preprocess.flow.raft")
         assert inside or (name in PACKAGES and (direct or sub)), f"{name_of(path)} imports {name}"
 
 

@@ -172,7 +172,7 @@ def _weights() -> Finding:
     return Finding(
         "note",
         f"no RAFT weights in {folder}",
-        "DIS is used without a GPU; with one they are downloaded, or name a file: flow.weights",
+        "DIS is used without a GPU; with one they are downloaded (see also omni weights)",
     )
 
 

@@ -1,6 +1,7 @@
 """The interface of every flow method.
 
-The methods themselves are `preprocess.flow.dis` and `preprocess.flow.raft.provider`.
+The methods themselves are `preprocess.flow.dis`, `preprocess.flow.raft` and
+`preprocess.flow.gmflow`; other packages may offer more (see `preprocess.flow.registry`).
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ def test_values_are_coerced_by_field_type(override, read, value):
         "optim.betas=0.9",
         "loss.robust=1",
         "loss.robust=maybe",
-        "flow.provider=farneback",
+        "flow.pairs=farneback",
         "flow.weights=3",
         "model=3",
         "model=[1]",

@@ -17,7 +17,8 @@ from omni.errors import OmniError
 from omni.maths.quantisation import decode_flow, unpack_evidence
 from omni.store import Store
 from preprocess import prepare
-from preprocess.flow.raft import RaftFlow, find_weights
+from preprocess.flow.raft import RaftFlow
+from preprocess.flow.weights import find_weights
 
 NUM_FRAMES, SIZE = 10, (60, 80)
 
@@ -188,7 +189,8 @@ def test_flow_by_raft_is_stored_and_needs_no_weights_once_it_is_finished(tmp_pat
     store = prepare(clip, run, config, progress=False)
     assert len(store.pairs) == count and store.meta("flow")["provider"].startswith("raft-small-")
     adjacent = decode_flow(store.flow[store.pairs.tolist().index([0, 1])])
-    expected = RaftFlow(find_weights("small", str(weights))).estimate(*np.array(store.frames[:2]))
+    raft = RaftFlow(find_weights("raft-small", str(weights)))
+    expected = raft.estimate(*np.array(store.frames[:2]))
     np.testing.assert_allclose(adjacent, expected, atol=0.02)
     before = {p: p.stat().st_mtime_ns for p in (run / "store").iterdir()}
     weights.unlink()  # as after a move to another machine

@@ -3,15 +3,13 @@
 Letters: B pairs, h x w feature resolution (an eighth of the images), C channels.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import optical_flow
 from torchvision.models.optical_flow._utils import make_coords_grid, upsample_flow
 
-__all__ = ["SMALLEST_SIDE", "FlowNetwork", "read_weights"]
+__all__ = ["SMALLEST_SIDE", "FlowNetwork"]
 
 SMALLEST_SIDE = 128
 """pixels: four levels of correlation at 1/8 resolution"""
@@ -73,16 +71,3 @@ class FlowNetwork(nn.Module):
             flow = flow + update.flow_head(hidden).float()
         mask = None if raft.mask_predictor is None else raft.mask_predictor(hidden).float()
         return upsample_flow(flow, mask)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Parameters by name, of a .safetensors file or a .pth file, without executing anything.
-
-    Raises:
-        Exception: of any kind, when the file is damaged.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from omni.errors import OmniError
 from omni.system import out_of_memory
 from preprocess.flow.provider import ImagePair
-from preprocess.flow.raft.network import SMALLEST_SIDE, FlowNetwork, read_weights
-from preprocess.flow.raft.weights import Weights
+from preprocess.flow.raft.network import SMALLEST_SIDE, FlowNetwork
+from preprocess.flow.weights import Weights, read_weights
 
 __all__ = ["RaftFlow"]
 
@@ -43,13 +43,13 @@ class RaftFlow:
     workers = 1
 
     def __init__(self, weights: Weights, device: str = "cpu"):
-        self.name = weights.name
+        self.name, variant = weights.name, weights.network.removeprefix("raft-")
         try:
-            self._network = FlowNetwork(read_weights(weights.path), weights.variant)
+            self._network = FlowNetwork(read_weights(weights.path), variant)
         except Exception as error:  # a torn file raises whatever its reader meets first
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise OmniError(
-                f"{weights.path} does not hold RAFT-{weights.variant} weights ({reason}): give "
+                f"{weights.path} does not hold RAFT-{variant} weights ({reason}): give "
                 "another file as flow.weights, the other kind as flow.raft, or use "
                 "flow.provider=dis"
             ) from None

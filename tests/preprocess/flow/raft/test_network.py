@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import optical_flow
 
-from preprocess.flow.raft.network import FlowNetwork, read_weights
+from preprocess.flow.raft.network import FlowNetwork
+from preprocess.flow.weights import read_weights
 
 PIXELS = [(8, 8), (20, 100), (64, 64), (90, 31), (120, 120)]
 """Rows and columns of the stored flow."""

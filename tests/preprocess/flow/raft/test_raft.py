@@ -6,8 +6,8 @@ from torchvision.models.optical_flow import raft_small
 
 from omni.config import FlowConfig
 from omni.errors import OmniError
-from preprocess.flow.raft import weights as weights_module
 from preprocess.flow.registry import accepts, resolve_provider
+from preprocess.flow.weights import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_weights_are_the_given_else_torchvisions(offline, weights, caplog):
     caplog.set_level("INFO", "preprocess")
     offline.mkdir(parents=True)
     torch.manual_seed(1)
-    cached = offline / weights_module._torchvision_path("small").name
+    cached = offline / PUBLISHED["raft-small"].place().name
     torch.save(raft_small(weights=None).state_dict(), cached)
 
     def resolved(**flow):
@@ -119,7 +119,7 @@ def test_weights_are_the_given_else_torchvisions(offline, weights, caplog):
         return resolve_provider(FlowConfig("raft", **flow), "cpu").name, caplog.text
 
     first, log = resolved(raft="small")
-    assert first.startswith("raft-small-") and "RAFT-small, torchvision weights" in log
+    assert first.startswith("raft-small-") and "RAFT-small, cache weights" in log
     second, log = resolved(raft="small", weights=str(weights))
     assert second.startswith("raft-small-") and second != first and "given weights" in log
     assert accepts(FlowConfig("raft", raft="small"), first)
