@@ -1,6 +1,7 @@
 """`omni COMMAND ...`: parse, call, print. One clear sentence and exit code 2 on bad input."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -286,6 +287,9 @@ def main(args: list[str] | None = None) -> None:
             )
     except OmniError as error:
         _leave(error, 2)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         _leave(
             f"{error.filename or 'a file'}: {error.strerror or error}; see that the disk is not "

@@ -120,3 +120,9 @@ def test_the_command_lists_and_refuses(caches):
         refused = omni(*arguments)
         assert refused.returncode == 2 and sentence in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_a_reader_that_has_read_enough_is_no_fault(caches):
+    command = f"{sys.executable} -m omni.cli weights | head -c 1"
+    piped = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert piped.stdout == "g" and piped.stderr == ""
