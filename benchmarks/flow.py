@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, default=Path("../shared/data"), help="of dev and kitti"
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
-    parser.add_argument("--methods", nargs="+", choices=("dis", "gmflow"), default=["dis"])
+    parser.add_argument("--methods", nargs="+", choices=("dis", "gmflow", "mixed"), default=["dis"])
     parser.add_argument("--weights", type=Path, nargs="*", default=[], help="of RAFT")
     parser.add_argument("--raft", choices=("small", "large"), default="small", help="of --weights")
     parser.add_argument("--scenes", type=int, default=12, help="scenes of a generated set")
@@ -136,6 +136,9 @@ def find_providers(options: argparse.Namespace) -> dict[str, FlowProvider]:
         providers["dis"] = DisFlow(worker_count(options.threads))
     if "gmflow" in options.methods:
         providers["gmflow"] = GmFlow(find_weights("gmflow"), options.device)
+    if "mixed" in options.methods:
+        coarse = GmFlow(find_weights("gmflow"), options.device, refine=False)
+        providers["mixed"] = DisFlow(worker_count(options.threads), coarse)
     short = [f"{path.parent.name}/{path.stem}" for path in options.weights]
     for path, label in zip(options.weights, short, strict=True):
         label = f"raft {label if short.count(label) == 1 else path}"

@@ -49,7 +49,7 @@ class FlowConfig:
     """Pairwise correspondences."""
 
     provider: str = "auto"
-    """dis (no weights), raft, gmflow, one of an installed package; auto: raft on a GPU, else dis"""
+    """dis, raft, gmflow, mixed (dis, gmflow), one of a package; auto: raft on a GPU, else dis"""
     weights: str = ""
     """of raft or gmflow (.pth or .safetensors); empty: see `omni weights`"""
     raft: Literal["large", "small"] = "large"

@@ -2,10 +2,12 @@
 
 The constants were selected by measurement (docs/experiments.md). Refinement fills textureless
 areas, block matching finds small objects that move far, sharpening takes back what refinement
-smears across borders, composed initial flows make far flows usable.
+smears across borders, composed initial flows make far flows usable. The flow of a learned method
+may be one more start: it finds motion that all of these miss, less exactly where they find it.
 """
 
 from collections.abc import Sequence
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -13,7 +15,7 @@ import numpy as np
 from preprocess.flow.blockmatch import block_match
 from preprocess.flow.frame import Frame
 from preprocess.flow.photoconsistency import PhotoConsistency
-from preprocess.flow.provider import ImagePair
+from preprocess.flow.provider import FlowProvider, ImagePair
 
 __all__ = ["DisFlow"]
 
@@ -30,6 +32,7 @@ _UNGUIDED = 2.0  # search without the initial flow, over search with it
 _MATCHED, _RESTARTED = 0.5, 0.1  # block matching over search, as found and after refinement
 _POLISHED = -0.3  # last smoothing: it may even be worse, for it makes flow cycle consistent
 _NARROW = 1.0  # flow propagated in narrow windows
+_LEARNED = 0.5  # flow of a learned method
 
 
 class DisFlow:
@@ -41,13 +44,16 @@ class DisFlow:
 
     Args:
         workers: number of `estimate` calls the caller may run at the same time.
+        learned: a method whose flow is one more start.
     """
 
     name = "dis-wide"
     batch = 1
 
-    def __init__(self, workers: int = 1):
-        self.workers = workers
+    def __init__(self, workers: int = 1, learned: FlowProvider | None = None):
+        self.workers, self._learned, self._turn = workers, learned, Lock()
+        if learned is not None:
+            self.name = f"mixed-{learned.name}"
 
     def estimate(
         self, image1: np.ndarray, image2: np.ndarray, flow_init: np.ndarray | None = None
@@ -64,6 +70,8 @@ class DisFlow:
         pad = max(0, _SMALLEST_SIDE - height), max(0, _SMALLEST_SIDE - width)
         source, target = frames = [Frame(_pad(image, pad)) for image in (image1, image2)]
         consistency = PhotoConsistency(source, target)
+        learned = self._learned_flow(image1, image2, pad)
+        cost = [_LEARNED] * len(learned)
         found = _search(source.gray, target.gray)
         if flow_init is None:
             flow = _refine(frames, found, _NEAR_SCALES)
@@ -71,11 +79,14 @@ class DisFlow:
             matched = consistency.choose([found, matched], [0, _MATCHED])
             matched = consistency.propagate(matched)
             restarted = _refine(frames, matched, _RESTART_SCALES)
-            flow = consistency.choose([flow, restarted], [0, _RESTARTED])
+            # Before it is refined, one that is a pixel or two off would lose to any wrong flow.
+            learned = [_refine(frames, start, _RESTART_SCALES) for start in learned]
+            flow = consistency.choose([flow, restarted, *learned], [0, _RESTARTED, *cost])
         else:
             flow_init = _pad(flow_init, pad)
             guided = _search(source.gray, target.gray, flow_init.copy())
-            flow = consistency.choose([flow_init, guided, found], [0, 0, _UNGUIDED])
+            starts = [flow_init, guided, found, *learned]
+            flow = consistency.choose(starts, [0, 0, _UNGUIDED, *cost])
             flow = _refine(frames, flow, _FAR_SCALES)
         flow = _sharpen(frames, flow, consistency)
         return np.ascontiguousarray(flow[:height, :width])
@@ -83,6 +94,13 @@ class DisFlow:
     def estimate_batch(self, pairs: Sequence[ImagePair]) -> list[np.ndarray]:
         """Flow of each `(image1, image2, flow_init)`, by `estimate`."""
         return [self.estimate(*pair) for pair in pairs]
+
+    def _learned_flow(self, image1: np.ndarray, image2: np.ndarray, pad: Size) -> list[np.ndarray]:
+        """The learned method's flow, padded; empty without one."""
+        if self._learned is None:
+            return []
+        with self._turn:  # one pair at a time, which uses all cores by itself
+            return [_pad(self._learned.estimate(image1, image2), pad)]
 
 
 def _search(

@@ -42,6 +42,8 @@ def resolve_provider(config: FlowConfig, device: str = "auto") -> FlowProvider:
         return _raft(config, device)
     if config.provider == "gmflow":
         return _gmflow(config, device)
+    if config.provider == "mixed":
+        return DisFlow(worker_count(config.workers), _gmflow(config, device, refine=False))
     return _offered(config, device)
 
 
@@ -53,10 +55,11 @@ def accepts(config: FlowConfig, name: str) -> bool:
     """
     if config.provider in ("auto", "dis") and name == DisFlow.name:
         return True
-    if config.provider not in ("auto", "raft", "gmflow"):
+    if config.provider not in ("auto", "raft", "gmflow", "mixed"):
         return name == config.provider or name.startswith(f"{config.provider}-")
     gone = bool(config.weights) and not Path(config.weights).is_file()
-    network = "gmflow" if config.provider == "gmflow" else f"raft-{config.raft}"
+    networks = {"gmflow": "gmflow", "mixed": "mixed-gmflow"}
+    network = networks.get(config.provider, f"raft-{config.raft}")
     kept = name.startswith(f"{network}-{'' if gone else weights_digest(config.weights)}")
     if kept and gone:
         logger.warning("flow.weights %s is gone: keeping finished %s", config.weights, name)
@@ -88,11 +91,11 @@ def _raft(config: FlowConfig, device: str) -> FlowProvider:
     return raft
 
 
-def _gmflow(config: FlowConfig, device: str) -> FlowProvider:
+def _gmflow(config: FlowConfig, device: str, refine: bool = True) -> FlowProvider:
     from preprocess.flow.gmflow import GmFlow
 
     weights = find_weights("gmflow", config.weights)
-    gmflow = GmFlow(weights, device)
+    gmflow = GmFlow(weights, device, refine)
     logger.info("flow: GMFlow, %s weights (%s) on %s", weights.origin, weights.path, device)
     return gmflow
 
@@ -114,7 +117,7 @@ def _offered(config: FlowConfig, device: str) -> FlowProvider:
                 ) from error
             logger.info("flow: %s (%s) on %s", provider.name, point.value, device)
             return provider
-    known = ["auto", "dis", "gmflow", "raft", *sorted(offered.names)]
+    known = ["auto", "dis", "gmflow", "mixed", "raft", *sorted(offered.names)]
     raise OmniError(
         f"there is no flow provider {name!r}: set flow.provider to one of {', '.join(known)}, or "
         f"install a package that offers it (entry points {ENTRY_POINTS})"

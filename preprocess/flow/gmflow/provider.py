@@ -51,7 +51,7 @@ class GmFlow:
     workers = 1
 
     def __init__(self, weights: Weights, device: str = "cpu", refine: bool = True):
-        self.name = weights.name
+        self.name = weights.name if refine else f"{weights.name}-coarse"
         self._network = GMFlow()
         try:
             self._network.load_state_dict(read_weights(weights.path))

@@ -37,6 +37,40 @@ def test_a_good_initial_flow_rescues_a_motion_too_large_to_search():
     assert error[0] > 5 and error[1] < 0.2
 
 
+class Learned:
+    """Stands in for a learned method that gives the same flow for every pair."""
+
+    name, workers, batch = "learned-1", 1, 1
+
+    def __init__(self, flow):
+        self.flow = np.float32(flow)
+
+    def estimate(self, image1, image2, flow_init=None):
+        return np.broadcast_to(self.flow, (*image1.shape[:2], 2)).copy()
+
+
+@pytest.mark.parametrize("flow_init", [None, np.zeros((96, 128, 2), np.float32)])
+def test_a_learned_flow_is_a_start_for_what_nothing_else_finds(flow_init):
+    image = texture((96, 128))
+    images = image, shifted(image, 40, 0)
+    mixed = DisFlow(learned=Learned([38.5, 1]))
+    flow = mixed.estimate(*images, None if flow_init is None else flow_init.copy())
+    assert np.median(np.abs(flow[20:-20, :70] - np.float32([40, 0]))) < 0.2
+    assert mixed.name == "mixed-learned-1" and DisFlow().name == "dis-wide"
+
+
+@pytest.mark.parametrize("flow_init", [None, np.full((96, 128, 2), 2, np.float32)])
+def test_a_wrong_learned_flow_does_no_harm(flow_init):
+    image = texture((96, 128))
+    images = image, shifted(image, 2, 0)
+    flows = [
+        provider.estimate(*images, None if flow_init is None else flow_init.copy())
+        for provider in (DisFlow(), DisFlow(learned=Learned([25, -25])))
+    ]
+    error = [np.abs(flow[20:-20, 20:-20] - np.float32([2, 0])).mean() for flow in flows]
+    assert error[1] < error[0] + 0.02
+
+
 def test_a_bad_initial_flow_does_no_harm():
     image = texture((96, 128))
     images = image, shifted(image, 2, 0)

@@ -69,7 +69,7 @@ def test_a_package_offers_a_flow_provider(package, tmp_path):
     assert sentence in broken.stderr
     unknown = preprocess("other")
     assert unknown.returncode == 2
-    known = "auto, dis, gmflow, raft, broken, still"
+    known = "auto, dis, gmflow, mixed, raft, broken, still"
     assert f"no flow provider 'other': set flow.provider to one of {known}" in unknown.stderr
 
 
