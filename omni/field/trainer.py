@@ -164,7 +164,7 @@ class Trainer:
         if self.step % optim.log_every == 0:
             values = {f"loss/{name}": float(value.detach()) for name, value in terms.items()}
             for group in self.optimizer.param_groups:
-                values[f"lr/{group['name']}"] = group["lr"]
+                values[f"lr/{group['name']}"] = float(group["lr"])
             self.on_scalars(self.step, values)
         if self.step % optim.evaluate_every == 0 or self.step == optim.steps:
             result = self.evaluate()

@@ -197,7 +197,8 @@ class CapturedUpdate:
         """Copies of all parameters and of their moments, empty before the first update."""
         parameters = list(self.update.field.parameters())
         state = self.update.optimizer.state
-        moments = [{name: v.clone() for name, v in state[p].items()} for p in parameters]
+        # Not `state[p]`, which makes an entry for what has no gradient.
+        moments = [{n: v.clone() for n, v in state.get(p, {}).items()} for p in parameters]
         return [p.detach().clone() for p in parameters], moments
 
     @torch.no_grad()
@@ -208,7 +209,7 @@ class CapturedUpdate:
             self.update.field.parameters(), *snapshot, strict=True
         ):
             parameter.copy_(value)
-            for name, moment in state[parameter].items():
+            for name, moment in state.get(parameter, {}).items():
                 moment.copy_(moments[name]) if name in moments else moment.zero_()
 
 
