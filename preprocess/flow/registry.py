@@ -96,7 +96,8 @@ def _gmflow(config: FlowConfig, device: str, refine: bool = True) -> FlowProvide
 
     weights = find_weights("gmflow", config.weights)
     gmflow = GmFlow(weights, device, refine)
-    logger.info("flow: GMFlow, %s weights (%s) on %s", weights.origin, weights.path, device)
+    kind = "GMFlow" if refine else "DIS, and GMFlow as a further start"
+    logger.info("flow: %s, %s weights (%s) on %s", kind, weights.origin, weights.path, device)
     return gmflow
 
 

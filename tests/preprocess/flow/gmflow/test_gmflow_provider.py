@@ -118,6 +118,18 @@ def test_weights_of_another_network_are_refused(tmp_path):
         resolve_provider(FlowConfig("gmflow", weights=str(path)), "cpu")
 
 
+def test_mixed_is_dis_with_the_global_matching_as_a_further_start(weights, frames, caplog):
+    caplog.set_level("INFO", "preprocess")
+    config = FlowConfig("mixed", weights=str(weights))
+    mixed = resolve_provider(config, "cpu")
+    assert "flow: DIS, and GMFlow as a further start, given weights" in caplog.text
+    assert mixed.name.startswith("mixed-gmflow-") and accepts(config, mixed.name)
+    assert accepts(FlowConfig("mixed"), mixed.name) and not accepts(FlowConfig("mixed"), "dis-wide")
+    flow = mixed.estimate(*frames[:2])
+    assert flow.shape == (34, 50, 2) and np.isfinite(flow).all()
+    assert not mixed._learned._refine
+
+
 def test_finished_flow_is_kept_by_its_weights(weights, tmp_path):
     config = FlowConfig("gmflow", weights=str(weights))
     name = resolve_provider(config, "cpu").name
