@@ -32,7 +32,7 @@ _UNGUIDED = 2.0  # search without the initial flow, over search with it
 _MATCHED, _RESTARTED = 0.5, 0.1  # block matching over search, as found and after refinement
 _POLISHED = -0.3  # last smoothing: it may even be worse, for it makes flow cycle consistent
 _NARROW = 1.0  # flow propagated in narrow windows
-_LEARNED = 0.5  # flow of a learned method
+_LEARNED = -2.0  # flow of a learned method: its errors are rarer than wrong flow that looks right
 
 
 class DisFlow:
