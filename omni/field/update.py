@@ -124,7 +124,7 @@ class CapturedUpdate:
         arguments = batch, jitter, longest, weights, rate
         if self.refused:
             return self.update(*arguments)
-        if self._graph is None or self._shape != batch.visible.shape:
+        if self._graph is None or self._batch.visible.shape != batch.visible.shape:
             self.refused = not self._agrees(*arguments)
             if self.refused:
                 self._graph = None
@@ -174,7 +174,6 @@ class CapturedUpdate:
         self, batch: Batch, jitter: Tensor, longest: int, weights: Mapping[str, float], rate: float
     ) -> None:
         optimizer, device = self.update.optimizer, jitter.device
-        self._shape = batch.visible.shape
         self._batch = Batch(*(value.clone() for value in vars(batch).values()))
         self._jitter = jitter.clone()
         self._weights = {name: torch.tensor(float(w), device=device) for name, w in weights.items()}

@@ -83,10 +83,10 @@ def test_a_batch_of_another_shape_is_captured_anew(pair):
     for run in (first, second):
         run.sampler.halvings = 0
     captured(*arguments(second, 0))
-    graph, shape = captured._graph, captured._shape
+    graph, shape = captured._graph, captured._batch.visible.shape
     second.sampler.halvings = 1
     captured(*arguments(second, 1))
-    assert captured._graph is not graph and captured._shape[0] == shape[0] // 2
+    assert captured._graph is not graph and captured._batch.visible.shape[0] == shape[0] // 2
 
 
 def test_what_is_not_finite_changes_nothing(pair):
